@@ -1,0 +1,125 @@
+"""Capture: many doors, one graph. Everything ends as one `Program` by way of `torch.export`.
+
+=====================  ===========================================================================
+what                   how
+=====================  ===========================================================================
+`torch.nn.Module`      exported (non-strict) with dynamic batch and sequence, see `module.py`
+folder                 a Hugging Face model: `config.json` and safetensors, see `folder.py`
+`file.pt2`             an exported program that somebody saved
+`module:factory`       a Python factory that returns a module, or (module, example inputs)
+=====================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qcompiler.capture.exported import from_exported
+from qcompiler.capture.module import export_module
+from qcompiler.errors import BadInput
+from qcompiler.program import Program
+
+Model = torch.nn.Module | torch.export.ExportedProgram | str | Path
+Dynamic = bool | dict[str, dict[int, str]] | None
+
+__all__ = ["Dynamic", "Model", "Source", "capture", "open_model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a program came from: enough to load the float model again."""
+
+    kind: str
+    """`module`, `exported`, `folder`, `pt2` or `factory`."""
+    place: str = ""
+    """Absolute path, or `module:factory`; empty for objects handed over in Python."""
+
+
+def capture(
+    model: Model,
+    example_inputs: object = None,
+    *,
+    dynamic: Dynamic = None,
+) -> Program:
+    """Capture `model` as a `Program`, without changing it; the tensors are shared, not copied.
+
+    `example_inputs`: a tensor, a tuple of positional inputs, or a mapping of keyword inputs. Folders
+    and factories bring their own when none are given.
+
+    `dynamic`: None makes the batch of every input and the sequence of token inputs dynamic where
+    the model allows it; False keeps the example's sizes; a mapping such as
+    `{"input_ids": {0: "batch", 1: "sequence"}}` says it exactly, and a dimension that the model then
+    fixes is an error.
+    """
+    return open_model(model, example_inputs, dynamic=dynamic)[0]
+
+
+def open_model(
+    model: Model, example_inputs: object = None, *, dynamic: Dynamic = None
+) -> tuple[Program, Source, object]:
+    """Like `capture`, and also tell the source and the example inputs that were used."""
+    if isinstance(model, torch.nn.Module):
+        if example_inputs is None:
+            raise BadInput("a torch module needs example_inputs: a tensor, a tuple or a mapping")
+        return export_module(model, example_inputs, dynamic), Source("module"), example_inputs
+    if isinstance(model, torch.export.ExportedProgram):
+        return from_exported(model), Source("exported"), _example_of(model, example_inputs)
+    path = Path(model)
+    if path.is_dir():
+        from qcompiler.capture.folder import load_folder
+
+        module, example = load_folder(path)
+        example = example if example_inputs is None else example_inputs
+        source = Source("folder", str(path.resolve()))
+        return export_module(module, example, dynamic), source, example
+    if path.suffix == ".pt2":
+        exported = _load_pt2(path)
+        source = Source("pt2", str(path.resolve()))
+        return from_exported(exported), source, _example_of(exported, example_inputs)
+    if ":" in str(model) and not path.exists():
+        module, example = _load_factory(str(model), example_inputs)
+        return export_module(module, example, dynamic), Source("factory", str(model)), example
+    raise BadInput(
+        f"{str(model)!r} is no model: expected a folder with config.json and safetensors, a .pt2 "
+        "file or module:factory" + ("" if path.exists() else "; nothing exists at that path")
+    )
+
+
+def _load_pt2(path: Path) -> torch.export.ExportedProgram:
+    if not path.is_file():
+        raise BadInput(f"no file at {path}")
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises many types here, down to zipfile and json errors
+        raise BadInput(f"{path} is no exported program of torch {torch.__version__}: {error}") from error
+
+
+def _load_factory(text: str, example_inputs: object) -> tuple[torch.nn.Module, object]:
+    module_name, _, attribute = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"cannot load {text!r} (module:factory): {error}") from error
+    finally:
+        sys.path.pop(0)
+    made = factory()
+    module, example = made if isinstance(made, tuple) else (made, None)
+    example = example if example_inputs is None else example_inputs
+    if not isinstance(module, torch.nn.Module) or example is None:
+        raise BadInput(
+            f"{text!r} returned {type(made).__name__}; expected (torch.nn.Module, example inputs)"
+        )
+    return module, example
+
+
+def _example_of(exported: torch.export.ExportedProgram, given: object) -> object:
+    if given is not None or exported.example_inputs is None:
+        return given
+    args, kwargs = exported.example_inputs
+    return kwargs if kwargs else args

@@ -1,0 +1,171 @@
+"""From an exported program to ours: lifted parameters, ids, functional form.
+
+The raw exported graph is kept, not a decomposed one: it is the level of `linear`, `layer_norm` and
+`scaled_dot_product_attention`, on which all later passes match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import (
+    ConstantArgument,
+    InputKind,
+    InputSpec,
+    SymIntArgument,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from qcompiler import diff
+from qcompiler.capture.functional import functionalize
+from qcompiler.edit import copy_graph, node_tag
+from qcompiler.errors import BadInput
+from qcompiler.history import Step
+from qcompiler.io import Port, Signature
+from qcompiler.program import Program, Tag, op_name
+
+ASSERTIONS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
+
+
+def from_exported(
+    exported: torch.export.ExportedProgram, names: tuple[str, ...] = (), note: str = ""
+) -> Program:
+    """Turn `exported` into a `Program`; its tensors are shared, its graph is copied.
+
+    `names` are the positional parameters of the source's forward.
+    """
+    exported = functionalize(exported)
+    graph = copy_graph(exported.graph)
+    for node in list(graph.nodes):
+        if node.target in ASSERTIONS:  # our own signature checks the inputs at each call
+            graph.erase_node(node)
+    slots, params = _lift(graph, exported)
+    _drop_dead(graph, {s.arg.name for s in _user_inputs(exported)})
+    slots = {n.name: slots[n.name] for n in graph.nodes if n.name in slots}
+    counters: dict[str, int] = {}
+    for node in graph.nodes:
+        _tag(node, slots, counters)
+    program = Program(
+        graph=graph,
+        params={name: params[name] for name in slots.values()},
+        slots=slots,
+        io=_signature(exported, graph, slots, names),
+        counters=counters,
+    )
+    after = diff.snapshot(program)
+    step = Step(
+        "capture", "capture", None, diff.Diff(), after, notes=(note,) if note else ()
+    )
+    return replace(program, history=(step,))
+
+
+def _user_inputs(exported: torch.export.ExportedProgram) -> list[InputSpec]:
+    return [s for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+
+
+def _lift(
+    graph: fx.Graph, exported: torch.export.ExportedProgram
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Slots and parameters. Names that share one tensor become one parameter: ties are a fact."""
+    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    slots: dict[str, str] = {}
+    params: dict[str, Tensor] = {}
+    first: dict[tuple[object, ...], fx.Node] = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            continue
+        if not isinstance(spec.arg, TensorArgument):
+            raise BadInput(f"the model lifts {spec.target!r} ({spec.kind.name}); only tensors can be")
+        value = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
+        if not isinstance(value, Tensor):
+            raise BadInput(f"the exported program has no tensor for {spec.target!r}")
+        node = nodes[spec.arg.name]
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+        if value.numel() and key in first:
+            node.replace_all_uses_with(first[key])
+            continue
+        first[key] = node
+        slots[node.name] = spec.target or spec.arg.name
+        params[slots[node.name]] = value.detach()
+    return slots, params
+
+
+def _drop_dead(graph: fx.Graph, inputs: set[str]) -> None:
+    """Erase what nobody reads; the user's inputs stay, used or not."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op != "output" and node.name not in inputs:
+            graph.erase_node(node)
+
+
+def _tag(node: fx.Node, slots: dict[str, str], counters: dict[str, int]) -> None:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    scope = str(stack[-1][0]) if stack else ""
+    if node.op == "placeholder":
+        Tag(slots.get(node.name, str(node.target))).put(node)
+    elif node.op == "output":
+        Tag("output").put(node)
+    elif node.op == "call_function":
+        node_tag(node, scope, op_name(node.target), counters)
+    else:
+        raise BadInput(f"node {node.name!r} is a {node.op}; expected only calls of operators")
+
+
+def _signature(
+    exported: torch.export.ExportedProgram,
+    graph: fx.Graph,
+    slots: dict[str, str],
+    names: tuple[str, ...],
+) -> Signature:
+    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    symbols: dict[str, str] = {}
+    ranges = {str(s): r for s, r in exported.range_constraints.items()}
+    flat = [s.arg for s in _user_inputs(exported)]
+    example = pytree.tree_leaves(exported.example_inputs) if exported.example_inputs else []
+    ports = []
+    for index, argument in enumerate(flat):
+        if isinstance(argument, ConstantArgument):
+            ports.append(Port(argument.name, constant=argument.value))
+            continue
+        if isinstance(argument, SymIntArgument) or not isinstance(argument, TensorArgument):
+            raise BadInput(f"input {argument.name!r} is no tensor; expected tensors or constants")
+        value = nodes[argument.name].meta["val"]
+        shape = tuple(_dim(s, axis, symbols) for axis, s in enumerate(value.shape))
+        sample = example[index] if index < len(example) else None
+        low, high = (0.0, 1.0)
+        if isinstance(sample, Tensor) and sample.numel():
+            low, high = (float(v) for v in sample.detach().float().aminmax())
+        ports.append(Port(argument.name, value.dtype, shape, low, high))
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    if in_spec is None or out_spec is None:
+        raise BadInput("the exported program does not say how it is called")
+    dims = {}
+    for symbol, name in symbols.items():
+        bound = ranges.get(symbol)
+        upper = int(bound.upper) if bound and str(bound.upper).isdigit() else None
+        dims[name] = (min(int(bound.lower), 1) if bound and int(bound.lower) <= 2 else 1, upper)
+    return Signature(tuple(ports), in_spec, out_spec, names or _names(in_spec, ports), dims)
+
+
+def _names(in_spec: pytree.TreeSpec, ports: list[Port]) -> tuple[str, ...]:
+    return tuple(p.name for p in ports[: in_spec.children()[0].num_leaves])
+
+
+def _dim(size: int | torch.SymInt, axis: int, symbols: dict[str, str]) -> int | str:
+    """A fixed size, or a readable name: the first dynamic axis 0 is `batch`, axis 1 `sequence`."""
+    if isinstance(size, int):
+        return size
+    symbol = str(size)
+    if symbol not in symbols:
+        name = ("batch", "sequence")[axis] if axis < 2 else f"dim{axis}"
+        taken = sum(n.startswith(name) for n in symbols.values())
+        symbols[symbol] = f"{name}{taken + 1}" if taken else name
+    return symbols[symbol]

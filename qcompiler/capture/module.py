@@ -1,0 +1,140 @@
+"""A torch module, exported with dynamic dimensions where it allows them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.exported import from_exported
+from qcompiler.errors import BadInput
+from qcompiler.io import as_call
+from qcompiler.program import Program, check_finite
+
+
+def export_module(module: torch.nn.Module, example_inputs: object, dynamic: object) -> Program:
+    """`torch.export` of `module` in evaluation mode; the module is left as it was."""
+    args, kwargs = as_call(example_inputs)
+    check_finite(dict(module.named_parameters()))
+    names = _forward_names(module)
+    with _inference(module):
+        kwargs = _without_cache(module, kwargs)
+        if dynamic is not None and dynamic is not True:
+            shapes = _exact_shapes(dynamic, args, kwargs, names)
+            return from_exported(_export(module, args, kwargs, shapes), names)
+        wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _two_or_more, (args, kwargs))
+        shapes = pytree.tree_map(_auto, (wide_args, wide_kwargs))
+        try:
+            exported = _export(module, wide_args, wide_kwargs, shapes)
+        except BadInput as refused:
+            # Some models fix a size in code; the example's own sizes may still go through.
+            static = pytree.tree_map(lambda _: None, (args, kwargs))
+            exported = _export(module, args, kwargs, static)
+            note = f"captured with the example's sizes only: {refused}"
+            return from_exported(exported, names, note)
+    return from_exported(exported, names)
+
+
+def _export(
+    module: torch.nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    shapes: tuple[object, object],
+) -> torch.export.ExportedProgram:
+    arranged = (*shapes[0], *shapes[1].values()) if kwargs else shapes[0]  # type: ignore
+    by_name = None
+    if kwargs:
+        names = list(inspect.signature(module.forward).parameters)[: len(args)]
+        by_name = dict(zip(names, shapes[0], strict=True)) | shapes[1]  # type: ignore
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module, args, kwargs, dynamic_shapes=by_name or arranged, strict=False
+            )
+    except Exception as error:  # torch.export raises dozens of types, most of them private
+        raise BadInput(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    where = next((line for line in lines if line.startswith("File ") or ".py:" in line), "")
+    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+        what = "its Python code branches on the values of a tensor"
+        cure = "rewrite the branch with torch.where or torch.cond"
+    else:
+        what = lines[0] if lines else type(error).__name__
+        cure = "see what torch.export supports, or hand over another example input"
+    return f"torch.export refuses this model: {what}{f' ({where})' if where else ''}; {cure}"
+
+
+def _two_or_more(x: Tensor) -> Tensor:
+    """Repeat axes of size 1 that should be dynamic: torch.export bakes sizes 0 and 1 in."""
+    for axis in _dynamic_axes(x):
+        if x.shape[axis] == 1:
+            x = torch.cat([x, x], axis)
+    return x
+
+
+def _dynamic_axes(x: Tensor) -> tuple[int, ...]:
+    """Batch, and the sequence of token ids, masks (2-D) and embedded sequences (3-D)."""
+    tokens = x.ndim == 2 and not x.is_floating_point()
+    return (0, 1) if tokens or x.ndim == 3 else (0,) if x.ndim else ()
+
+
+def _auto(x: object) -> dict[int, object] | None:
+    if not isinstance(x, Tensor):
+        return None
+    return {axis: torch.export.Dim.AUTO for axis in _dynamic_axes(x)}
+
+
+def _exact_shapes(
+    dynamic: object, args: tuple[object, ...], kwargs: Mapping[str, object], names: tuple[str, ...]
+) -> tuple[object, object]:
+    wanted: Mapping[str, Mapping[int, str]] = dynamic if isinstance(dynamic, Mapping) else {}
+    given = [*names[: len(args)], *kwargs]
+    if unknown := [n for n in wanted if n not in given]:
+        raise BadInput(f"dynamic names {unknown}, but the example inputs are {given}")
+    dims = {d: torch.export.Dim(d) for axes in wanted.values() for d in axes.values()}
+
+    def shape(name: str, value: object) -> object:
+        axes = wanted.get(name)
+        if not isinstance(value, Tensor):
+            return None
+        return {axis: dims[d] for axis, d in axes.items()} if axes else None
+
+    positional = tuple(shape(n, a) for n, a in zip(names, args, strict=False))
+    return positional, {k: shape(k, v) for k, v in kwargs.items()}
+
+
+def _forward_names(module: torch.nn.Module) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters
+    return tuple(n for n, p in parameters.items() if p.kind in kinds)
+
+
+def _without_cache(module: torch.nn.Module, kwargs: dict[str, object]) -> dict[str, object]:
+    """A stateless program wants no cache object in its outputs: switch it off where there is one."""
+    config = getattr(module, "config", None)
+    if getattr(config, "use_cache", None) and "use_cache" in _forward_names(module):
+        return {**kwargs, "use_cache": kwargs.get("use_cache", False)}
+    return kwargs
+
+
+@contextmanager
+def _inference(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and everything back as it was afterwards."""
+    training = {m: m.training for m in module.modules()}
+    gradients = {p: p.requires_grad for p in module.parameters()}
+    try:
+        module.eval().requires_grad_(False)
+        yield
+    finally:
+        for m, flag in training.items():
+            m.training = flag
+        for p, flag in gradients.items():
+            p.requires_grad_(flag)

@@ -1,0 +1,262 @@
+"""The only way to change a program: an `Edit`, made and sealed by the pipeline.
+
+A pass gets an `Edit` on a private copy of the graph. Before each change it calls `spend(why)`; what
+follows, up to the next `spend`, is one edit that keeps the pass's promise by itself. That lets the
+pipeline stop a pass after n edits (fuel) and bisect a broken one down to the first bad edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.node import Argument
+
+from qcompiler.errors import PassError
+from qcompiler.formats import Scheme
+from qcompiler.history import Reason
+from qcompiler.program import Program, Tag, node_id, op_name
+
+Target = Callable[..., object]
+
+
+class OutOfFuel(Exception):
+    """Raised by `spend` when the pipeline allows no further edit; the pipeline catches it."""
+
+
+@dataclass
+class _Open:
+    """The edit under way."""
+
+    why: str
+    nodes: dict[str, None] = field(default_factory=dict)
+
+
+class Edit:
+    """A private, editable copy of `program` for the pass called `by`."""
+
+    def __init__(self, program: Program, by: str, fuel: int | None = None) -> None:
+        self.graph = copy_graph(program.graph)
+        self.io = program.io
+        self._source = program
+        self._by = by
+        self._fuel = fuel
+        self._params = dict(program.params)
+        self._slots = dict(program.slots)
+        self._plan = dict(program.plan)
+        self._counters = dict(program.counters)
+        self._edits: list[_Open] = []
+        self._skipped: list[Reason] = []
+        self._notes: list[str] = []
+
+    # --- reading -------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """A snapshot of the nodes in order, so that a pass may edit while it walks."""
+        return list(self.graph.nodes)
+
+    def calls(self, *targets: Target) -> list[fx.Node]:
+        """All nodes that call one of `targets` (all calls if none are given), in order."""
+        return [
+            n for n in self.graph.nodes
+            if n.op == "call_function" and (not targets or n.target in targets)
+        ]
+
+    def param_of(self, node: object) -> str | None:
+        """Name of the parameter that `node` is, or None."""
+        return self._slots.get(node.name) if isinstance(node, fx.Node) else None
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """Value of a parameter node. Never change it in place."""
+        return self._params[self._slots[node.name]]
+
+    @property
+    def plan(self) -> dict[str, Scheme]:
+        return dict(self._plan)
+
+    # --- accounting ----------------------------------------------------------------------------
+
+    def spend(self, why: str, *nodes: fx.Node) -> None:
+        """Open the next edit, with its reason in words; `nodes` are the ones it is about."""
+        if self._fuel is not None and len(self._edits) >= self._fuel:
+            raise OutOfFuel
+        self._edits.append(_Open(why, {node_id(n): None for n in nodes}))
+
+    def skip(self, node: fx.Node | str, why: str) -> None:
+        """Record that the pass leaves `node` alone, and why."""
+        self._skipped.append(Reason(why, (node if isinstance(node, str) else node_id(node),)))
+
+    def note(self, text: str) -> None:
+        """Something a reader of the step should know that is about no single node."""
+        self._notes.append(text)
+
+    def _touch(self, *nodes: fx.Node) -> None:
+        if not self._edits:
+            raise PassError(f"pass {self._by!r} changes the program before it called spend(why)")
+        for node in nodes:
+            self._edits[-1].nodes[node_id(node)] = None
+
+    # --- changing ------------------------------------------------------------------------------
+
+    def call(
+        self,
+        target: Target,
+        *args: Argument,
+        like: fx.Node,
+        replaces: Sequence[fx.Node] = (),
+        **kwargs: Argument,
+    ) -> fx.Node:
+        """Insert a call right behind the last of its inputs.
+
+        `like` lends its module path; `replaces` are the nodes that the new one stands for. Shape and
+        type are computed at once, so a wrong call fails here, at the pass's own line.
+        """
+        inputs = _inputs(args, kwargs)
+        place = max(inputs) if inputs else None
+        if place is None or place.op == "placeholder":
+            place = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
+        with self.graph.inserting_after(place):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = fake_call(target, args, kwargs)
+        origin = tuple(node_id(n) for n in replaces)
+        self._tag(node, Tag.of(like).scope, op_name(target), origin)
+        self._touch(node, *replaces)
+        return node
+
+    def replace(
+        self, old: fx.Node, new: fx.Node, only: Iterable[fx.Node] | None = None
+    ) -> None:
+        """Let the users of `old` (all but `new`, or `only` some) read `new` instead."""
+        wanted = None if only is None else set(only)
+        users = [u for u in old.users if u is not new and (wanted is None or u in wanted)]
+        self._touch(old, new, *users)
+        for user in users:
+            user.replace_input_with(old, new)
+
+    def new_param(self, name: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
+        """Add a parameter; `name` gets a number if it is taken. Returns its placeholder."""
+        name = self._free(name)
+        first = next(n for n in self.graph.nodes if n.name not in self._slots)
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder("p_" + "".join(c if c.isalnum() else "_" for c in name))
+        node.meta["val"] = self._fake(value)
+        Tag(name, Tag.of(like).scope if like else "", self._by).put(node)
+        self._params[name] = value
+        self._slots[node.name] = name
+        self._touch(node)
+        return node
+
+    def set_param(self, node: fx.Node, value: Tensor) -> None:
+        """Give the parameter `node` a new value; its name stays, its shape may change."""
+        self._touch(node)
+        self._params[self._slots[node.name]] = value
+        node.meta["val"] = self._fake(value)
+
+    def untie(self, node: fx.Node, users: Iterable[fx.Node]) -> fx.Node:
+        """Give `users` their own copy of the shared parameter `node`."""
+        name = self._slots[node.name]
+        copy = self.new_param(name, self._params[name], like=node)
+        self.replace(node, copy, only=users)
+        return copy
+
+    def rewire(self, node: fx.Node, index: int, value: Argument) -> None:
+        """Set argument `index` of `node`; the node keeps its id."""
+        self._touch(node)
+        node.update_arg(index, value)
+        node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
+
+    def assign(self, node: fx.Node, scheme: Scheme) -> None:
+        """Set the scheme of a site in the plan."""
+        self._touch(node)
+        self._plan[node_id(node)] = scheme
+
+    # --- sealing -------------------------------------------------------------------------------
+
+    def seal(self) -> tuple[Program, tuple[Reason, ...], tuple[Reason, ...], tuple[str, ...]]:
+        """Drop what nobody reads, check the graph, and freeze it."""
+        for node in reversed(self.nodes):
+            if not node.users and (node.op == "call_function" or node.name in self._slots):
+                self.graph.erase_node(node)
+        for node in self.graph.nodes:
+            if "custom" not in node.meta:
+                raise PassError(
+                    f"pass {self._by!r} made node {node.name!r} behind the editor's back; "
+                    "use edit.call"
+                )
+        self.graph.lint()
+        slots = {n.name: self._slots[n.name] for n in self.graph.nodes if n.name in self._slots}
+        alive = {node_id(n) for n in self.graph.nodes}
+        program = replace(
+            self._source,
+            graph=self.graph,
+            params={name: self._params[name] for name in slots.values()},
+            slots=slots,
+            plan={id: scheme for id, scheme in self._plan.items() if id in alive},
+            counters=self._counters,
+        )
+        edits = tuple(Reason(e.why, tuple(e.nodes)) for e in self._edits)
+        return program, edits, tuple(self._skipped), tuple(self._notes)
+
+    # --- helpers -------------------------------------------------------------------------------
+
+    def _tag(self, node: fx.Node, scope: str, op: str, origin: tuple[str, ...]) -> None:
+        node_tag(node, scope, op, self._counters, self._by, origin)
+
+    def _free(self, name: str) -> str:
+        base, n = name, self._counters.get(name, 1 if name in self._params else 0)
+        while name in self._params or n:
+            n += 1
+            name = f"{base}.{n}"
+            if name not in self._params:
+                break
+        self._counters[base] = max(n, 1)
+        return name
+
+    def _fake(self, value: Tensor) -> object:
+        mode = detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
+        return mode.from_tensor(value, static_shapes=True) if mode else value.to("meta")
+
+
+def node_tag(
+    node: fx.Node,
+    scope: str,
+    op: str,
+    counters: dict[str, int],
+    by: str = "capture",
+    origin: tuple[str, ...] = (),
+) -> None:
+    """Give `node` the next free id of `scope/op`."""
+    stem = f"{scope}/{op}" if scope else op
+    number = counters.get(stem, 0)
+    counters[stem] = number + 1
+    Tag(f"{stem}#{number}", scope, by, origin).put(node)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes keep name, meta and order; nested meta values are shared, never changed."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, lambda n: mapping[n])
+    return copy
+
+
+def fake_call(target: object, args: object, kwargs: object) -> object:
+    """Result of a call on the nodes' fake values: shape and type without arithmetic."""
+    values_args, values_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    mode = detect_fake_mode((values_args, values_kwargs))
+    with torch.no_grad():
+        if mode is None:
+            return target(*values_args, **values_kwargs)  # type: ignore[operator]
+        with mode:
+            return target(*values_args, **values_kwargs)  # type: ignore[operator]
+
+
+def _inputs(args: object, kwargs: object) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg((args, kwargs), lambda n: found.append(n) or n)
+    return found

@@ -1,0 +1,34 @@
+"""The one family of errors that a user of qcompiler meets.
+
+An error says what was expected, what was found, where (node id and module path), and what to do.
+The command line prints exactly that text and exits with code 2; anything else is a defect of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QCompilerError(Exception):
+    """Base of every error that qcompiler raises on purpose."""
+
+
+class BadInput(QCompilerError):
+    """What the user handed over (model, file, recipe, option, data) cannot be used as it is."""
+
+
+class PassError(QCompilerError):
+    """A pass broke its promise; the program was rolled back to the state before it."""
+
+
+class BackendError(QCompilerError):
+    """A backend cannot build or run what it was given."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
+    """The error for a misspelt name: it offers the nearest one, or lists all."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+    return BadInput(f"unknown {kind} {name!r}; {hint}")

@@ -1,0 +1,139 @@
+"""The outside of a program: what goes in, what comes out, and how Python calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qcompiler.errors import BadInput
+
+Dim = int | str
+"""A fixed size, or the name of a dynamic dimension."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """One flat input: a tensor, or a constant that was baked in at capture."""
+
+    name: str
+    dtype: torch.dtype | None = None
+    """None for a baked-in constant."""
+    shape: tuple[Dim, ...] = ()
+    low: float = 0.0
+    high: float = 1.0
+    """Range of the example's values: random inputs for checks are drawn from it."""
+    constant: object = None
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.dtype is not None
+
+    def __str__(self) -> str:
+        if not self.is_tensor:
+            return f"{self.name}={self.constant!r}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}: {dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs, outputs, and the Python call that the source model had."""
+
+    ports: tuple[Port, ...]
+    in_spec: pytree.TreeSpec
+    """Structure of `(args, kwargs)` at capture."""
+    out_spec: pytree.TreeSpec
+    names: tuple[str, ...] = ()
+    """Names of the positional parameters of the model's forward, in order."""
+    dims: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    """Dynamic dimension → (smallest, largest) size; None is unbounded."""
+
+    @property
+    def tensors(self) -> tuple[Port, ...]:
+        return tuple(p for p in self.ports if p.is_tensor)
+
+    def flatten(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, ...]:
+        """Python arguments → flat inputs in port order, checked against the ports.
+
+        Arguments may be given by position or by name, whichever way the model was captured;
+        constants that were baked in may be left out.
+        """
+        flat = self._arrange(args, dict(kwargs))
+        sizes: dict[str, int] = {}
+        for port, value in zip(self.ports, flat, strict=True):
+            if port.is_tensor:
+                self._check_tensor(port, value, sizes)
+            elif value != port.constant:
+                raise BadInput(
+                    f"input {port.name!r} was {port.constant!r} at capture and is baked in; "
+                    f"found {value!r}. Capture again with that value"
+                )
+        return tuple(flat)
+
+    def _arrange(self, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
+        captured_args, captured_kwargs = self.in_spec.children()
+        keys = list(captured_kwargs.context)
+        count = captured_args.num_children
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if len(args) > len(self.names):
+            raise BadInput(f"the model takes {self._expects()}; found {len(args)} positional inputs")
+        wanted = [*self.names[:count], *keys]
+        baked = {p.name: p.constant for p in self.ports if not p.is_tensor}
+        missing = [n for n in wanted if n not in given and n not in baked]
+        extra = [n for n in given if n not in wanted and given[n] is not None]
+        if missing or extra:
+            found = ", ".join(given) or "nothing"
+            raise BadInput(f"the program takes {self._expects()}; found {found}")
+        given = baked | given
+        tree = (
+            tuple(given[n] for n in self.names[:count]),
+            {k: given[k] for k in keys},
+        )
+        flat, spec = pytree.tree_flatten(tree)
+        if spec != self.in_spec:
+            raise BadInput(f"the program takes {self._expects()}; found another nesting of inputs")
+        return flat
+
+    def _expects(self) -> str:
+        return "(" + ", ".join(str(p) for p in self.tensors) + ")"
+
+    def _check_tensor(self, port: Port, value: object, sizes: dict[str, int]) -> None:
+        if not isinstance(value, Tensor):
+            raise BadInput(f"input {port} is a tensor; found {type(value).__name__}")
+        if value.dtype != port.dtype:
+            raise BadInput(f"input {port}: found {value.dtype}. Convert it with .to({port.dtype})")
+        fits = value.ndim == len(port.shape)
+        for want, have in zip(port.shape, value.shape, strict=False):
+            if isinstance(want, int):
+                fits = fits and want == have
+            else:
+                fits = fits and sizes.setdefault(want, have) == have
+                low, high = self.dims.get(want, (0, None))
+                fits = fits and have >= low and (high is None or have <= high)
+        if not fits:
+            bounds = "; ".join(
+                f"{n} is {lo} to {hi if hi is not None else 'any'}"
+                for n, (lo, hi) in self.dims.items() if n in port.shape
+            )
+            raise BadInput(
+                f"input {port} does not take shape {list(value.shape)}"
+                + (f" ({bounds})" if bounds else "")
+                + (f"; {', '.join(f'{k} = {v}' for k, v in sizes.items())} here" if sizes else "")
+            )
+
+    def restore(self, flat: tuple[object, ...]) -> object:
+        """Flat outputs → the output structure of the source model."""
+        return pytree.tree_unflatten(list(flat), self.out_spec)
+
+
+def as_call(inputs: object) -> tuple[tuple[object, ...], dict[str, object]]:
+    """What users hand over as inputs → (args, kwargs): a tensor, a tuple of them, or a mapping."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, list | tuple):
+        return tuple(inputs), {}
+    return (inputs,), {}

@@ -1,0 +1,90 @@
+"""The operators that qcompiler adds to aten: `qc::…`, in plain torch.
+
+They are the reference: every backend kernel is compared with them. Everything else in a program is
+an ordinary aten operator.
+
+========================  =====================================================================
+`qc::fake_quantize`       x' = dequantize(quantize(x)) with given scales, or dynamic ones
+`qc::dequantize`          a stored (packed) weight as floating point numbers
+`qc::rope`                rotary position embedding, halves or interleaved pairs
+========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompiler.formats import (
+    QFormat,
+    block_range,
+    dequantize,
+    quantize,
+    range_to_scale,
+    unpack,
+)
+
+_library = torch.library.Library("qc", "DEF")
+_library.define("fake_quantize(Tensor x, str format, Tensor? scale=None, Tensor? zero=None) -> Tensor")
+_library.define(
+    "dequantize(Tensor data, Tensor scale, Tensor? zero, str format, int width, ScalarType dtype)"
+    " -> Tensor"
+)
+_library.define("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
+
+
+def fake_quantize(x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+    """Round `x` to what `format` can hold; same shape and dtype as `x`.
+
+    Without `scale` the format is dynamic: each block (a token, say) brings its own.
+    """
+    fmt = QFormat.parse(format)
+    if scale is None:
+        scale, zero = range_to_scale(*block_range(x, fmt), fmt)
+    wide = x if x.dtype == torch.float64 else x.float()
+    q = quantize(wide, scale, zero, fmt)
+    return dequantize(q, scale, zero, x.dtype)
+
+
+def dequantize_packed(
+    data: Tensor, scale: Tensor, zero: Tensor | None, format: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    """Packed integers (…, bytes) to floating point numbers (…, `width`) of `dtype`."""
+    fmt = QFormat.parse(format)
+    return dequantize(unpack(data, fmt.bits, width, fmt.signed), scale, zero, dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate pairs of channels: x cos + rot(x) sin (RoFormer, Su et al. 2021, eq. 34).
+
+    A pair is (i, i + d/2) by default, (2i, 2i + 1) when `interleaved`. `cos` and `sin` broadcast
+    against `x`, whose last axis holds the d rotated channels.
+    """
+    if interleaved:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    else:
+        first, second = x.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+    return x * cos + turned * sin
+
+
+_library.impl("fake_quantize", fake_quantize, "CompositeExplicitAutograd")
+_library.impl("dequantize", dequantize_packed, "CompositeExplicitAutograd")
+_library.impl("rope", rope, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("qc::fake_quantize", lib=_library)
+def _(x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("qc::dequantize", lib=_library)
+def _(
+    data: Tensor, scale: Tensor, zero: Tensor | None, format: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    return data.new_empty((*data.shape[:-1], width), dtype=dtype)
+
+
+@torch.library.register_fake("qc::rope", lib=_library)
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    return x * cos + x * sin
