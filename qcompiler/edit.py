@@ -7,7 +7,7 @@ pipeline stop a pass after n edits (fuel) and bisect a broken one down to the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,16 +55,24 @@ class Edit:
     # --- reading -------------------------------------------------------------------------------
 
     @property
-    def nodes(self) -> list[fx.Node]:
-        """A snapshot of the nodes in order, so that a pass may edit while it walks."""
-        return list(self.graph.nodes)
+    def nodes(self) -> Iterator[fx.Node]:
+        """The nodes in order. A pass may edit while it walks: nodes that go are left out."""
+        return (n for n in list(self.graph.nodes) if not n._erased)
 
-    def calls(self, *targets: Target) -> list[fx.Node]:
-        """All nodes that call one of `targets` (all calls if none are given), in order."""
-        return [
-            n for n in self.graph.nodes
+    def calls(self, *targets: Target) -> Iterator[fx.Node]:
+        """The nodes that call one of `targets` (all calls if none are given), in order."""
+        return (
+            n for n in self.nodes
             if n.op == "call_function" and (not targets or n.target in targets)
-        ]
+        )
+
+    def is_weight(self, node: object) -> bool:
+        """Whether `node` is a parameter or an expression of parameters alone."""
+        if not isinstance(node, fx.Node):
+            return False
+        if node.op == "placeholder":
+            return node.name in self._slots
+        return bool(node.all_input_nodes) and all(map(self.is_weight, node.all_input_nodes))
 
     def param_of(self, node: object) -> str | None:
         """Name of the parameter that `node` is, or None."""
@@ -99,6 +107,12 @@ class Edit:
             raise PassError(f"pass {self._by!r} changes the program before it called spend(why)")
         for node in nodes:
             self._edits[-1].nodes[node_id(node)] = None
+
+    def place(self) -> str:
+        """` in edit 3 ("why")`, for error messages; empty before the first edit."""
+        if not self._edits:
+            return ""
+        return f" in edit {len(self._edits)} ({self._edits[-1].why!r})"
 
     # --- changing ------------------------------------------------------------------------------
 
@@ -136,6 +150,7 @@ class Edit:
         self._touch(old, new, *users)
         for user in users:
             user.replace_input_with(old, new)
+        self._erase_dead(old)
 
     def new_param(self, name: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
         """Add a parameter; `name` gets a number if it is taken. Returns its placeholder."""
@@ -166,8 +181,12 @@ class Edit:
     def rewire(self, node: fx.Node, index: int, value: Argument) -> None:
         """Set argument `index` of `node`; the node keeps its id."""
         self._touch(node)
+        old = node.args[index] if index < len(node.args) else None
+        node.args = (*node.args, *[None] * (index + 1 - len(node.args)))
         node.update_arg(index, value)
         node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
+        if isinstance(old, fx.Node):
+            self._erase_dead(old)
 
     def assign(self, node: fx.Node, scheme: Scheme) -> None:
         """Set the scheme of a site in the plan."""
@@ -178,9 +197,8 @@ class Edit:
 
     def seal(self) -> tuple[Program, tuple[Reason, ...], tuple[Reason, ...], tuple[str, ...]]:
         """Drop what nobody reads, check the graph, and freeze it."""
-        for node in reversed(self.nodes):
-            if not node.users and (node.op == "call_function" or node.name in self._slots):
-                self.graph.erase_node(node)
+        for node in reversed(list(self.nodes)):
+            self._erase_dead(node)
         for node in self.graph.nodes:
             if "custom" not in node.meta:
                 raise PassError(
@@ -200,6 +218,16 @@ class Edit:
         )
         edits = tuple(Reason(e.why, tuple(e.nodes)) for e in self._edits)
         return program, edits, tuple(self._skipped), tuple(self._notes)
+
+    def _erase_dead(self, node: fx.Node) -> None:
+        """Erase `node` if nobody reads it, and then its inputs likewise. User inputs stay."""
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            removable = node.op == "call_function" or node.name in self._slots
+            if removable and not node.users and not node._erased:
+                waiting.extend(node.all_input_nodes)
+                self.graph.erase_node(node)
 
     # --- helpers -------------------------------------------------------------------------------
 

@@ -48,5 +48,7 @@ class Step:
     skipped: tuple[Reason, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     """`error` (relative, against the program before), `sqnr_db`, `capture_error`, …"""
+    nodes: Mapping[str, float] = field(default_factory=dict)
+    """SQNR in dB of each touched node, for a lossy pass."""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0

@@ -1,0 +1,124 @@
+"""Each pass's promise, checked: exact, plan, lossy, lower (see `history.Effect`).
+
+float64 is what tells right from wrong: a correct rotation differs by 6e-3 in bfloat16, more than
+int8 rounding itself, while in float64 a right fold and a wrong one are 13 orders apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qcompiler.diff import Diff
+from qcompiler.history import Effect
+from qcompiler.program import Program
+from qcompiler.run import evaluate, evaluate_wide, watch_ids
+from qcompiler.samples import Flat
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of a check. `error` is the largest relative error of an output, ‖a - b‖ / ‖a‖."""
+
+    error: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    nodes: Mapping[str, float] = field(default_factory=dict)
+    """SQNR in dB of each touched node that both programs have."""
+    failure: str = ""
+    """Why the rewritten program could not even be run."""
+
+
+class Checker:
+    """Compares programs on fixed inputs; outputs of the last programs are kept, not recomputed."""
+
+    def __init__(self, capture: Program, inputs: list[Flat]) -> None:
+        self._capture = capture
+        self._inputs = inputs
+        self._cache: dict[tuple[int, bool], tuple[Program, list[tuple[object, ...]]]] = {}
+
+    def check(
+        self, effect: Effect, before: Program, after: Program, change: Diff, touched: Collection[str]
+    ) -> Verdict:
+        """Measure what `effect` promises. The pipeline compares the error with the tolerance."""
+        if effect is Effect.PLAN:
+            return Verdict(error=math.inf if change.graph_changed else 0.0)
+        if effect is Effect.LOWER:
+            return Verdict(self._error(before, after, wide=False))
+        error = self._error(before, after, wide=True)
+        if effect is Effect.EXACT:
+            return Verdict(error)
+        capture_error = self._error(self._capture, after, wide=True)
+        metrics = {
+            "sqnr_db": sqnr_db(error), "capture_error": capture_error,
+            "capture_sqnr_db": sqnr_db(capture_error),
+        }
+        return Verdict(error, metrics, self._touched(before, after, touched))
+
+    def _error(self, before: Program, after: Program, wide: bool) -> float:
+        pairs = zip(self._outputs(before, wide), self._outputs(after, wide), strict=True)
+        return max((relative_error(a, b) for a, b in pairs), default=0.0)
+
+    def _outputs(self, program: Program, wide: bool) -> list[tuple[object, ...]]:
+        key = (id(program), wide)
+        if key not in self._cache:
+            keep = [v for v in self._cache.items() if v[1][0] is self._capture]
+            self._cache = dict([*keep, *list(self._cache.items())[-2:]])
+            run = evaluate_wide if wide else evaluate
+            self._cache[key] = (program, [run(program, x) for x in self._inputs])
+        return self._cache[key][1]
+
+    def _touched(
+        self, before: Program, after: Program, touched: Collection[str]
+    ) -> Mapping[str, float]:
+        """Error of each touched node on the first input, both programs run from its start."""
+        ids = {i for i in touched if i in before.by_id and i in after.by_id and i not in
+               after.params}
+        was: dict[str, Tensor] = {}
+        now: dict[str, Tensor] = {}
+        evaluate_wide(before, self._inputs[0], watch_ids(ids, was))
+        evaluate_wide(after, self._inputs[0], watch_ids(ids, now))
+        return {
+            i: sqnr_db(relative_error(was[i], now[i]))
+            for i in sorted(ids)
+            if i in was and i in now and was[i].shape == now[i].shape
+        }
+
+
+def relative_error(a: object, b: object) -> float:
+    """Largest ‖a - b‖ / ‖a‖ over the tensors of two structures; integers must be equal (else inf).
+
+    Places where both are the same NaN or infinity count as equal.
+    """
+    worst = 0.0
+    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            worst = max(worst, 0.0 if x == y else math.inf)
+        elif x.shape != y.shape:
+            return math.inf
+        elif not x.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(x, y) else math.inf)
+        else:
+            worst = max(worst, _relative(x.double(), y.double()))
+    return worst
+
+
+def _relative(x: Tensor, y: Tensor) -> float:
+    same = (x == y) | (x.isnan() & y.isnan())
+    zero = torch.zeros((), dtype=x.dtype)
+    gap = torch.linalg.vector_norm(torch.where(same, zero, x - y)).item()
+    size = torch.linalg.vector_norm(torch.where(x.isfinite(), x, zero)).item()
+    if math.isnan(gap):
+        return math.inf
+    return 0.0 if gap == 0 else gap / size if size else math.inf
+
+
+def sqnr_db(relative: float) -> float:
+    """Signal to quantization noise ratio in dB of a relative error: -20 log10(error)."""
+    if relative == 0:
+        return math.inf
+    return -20 * math.log10(relative) if math.isfinite(relative) else -math.inf

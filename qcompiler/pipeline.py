@@ -1,0 +1,197 @@
+"""The pipeline: runs passes in order, computes the facts they need, and holds them to their word.
+
+After each pass the two sealed programs are compared and the promise checked. A pass that broke it is
+run again with less fuel until the first bad edit is found; the error names that edit and its nodes,
+and the program is the one before the pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from qcompiler.check import Checker, Verdict
+from qcompiler.diff import Diff, diff, snapshot
+from qcompiler.edit import Edit, OutOfFuel
+from qcompiler.errors import PassError, QCompilerError
+from qcompiler.facts import NEEDS, Facts, measure
+from qcompiler.history import Effect, Reason, Step
+from qcompiler.passbase import Pass
+from qcompiler.program import Program
+from qcompiler.samples import Flat, check_inputs, synthetic_data
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is told: which pass, what it is doing, how far it is."""
+
+    index: int
+    total: int
+    name: str
+    doing: str
+    """`rewriting`, `calibrating`, `checking`, `bisecting` or `done`."""
+    batch: int = 0
+
+
+Watcher = Callable[[Progress], None]
+Data = Callable[[], Iterable[Flat]]
+"""Makes a fresh iterator over calibration batches; called once for each pass that needs one."""
+
+
+def run_pipeline(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    data: Data | None = None,
+    example: Flat | None = None,
+    watch: Watcher | None = None,
+) -> Program:
+    """Run `passes` over `program` and return the last sealed program, with its history.
+
+    Raises `PassError` when a pass breaks its promise; `program` is untouched in any case.
+    """
+    checker = Checker(program, check_inputs(program.io, example))
+    for index, step in enumerate(passes):
+        def tell(doing: str, batch: int = 0, at: int = index, name: str = step.name) -> None:
+            if watch is not None:
+                watch(Progress(at, len(passes), name, doing, batch))
+
+        program = _run_pass(program, step, data, checker, tell)
+        tell("done")
+    return program
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What came out of running a pass with some amount of fuel."""
+
+    program: Program
+    edits: tuple[Reason, ...]
+    skipped: tuple[Reason, ...]
+    notes: tuple[str, ...]
+    change: Diff
+    verdict: Verdict
+
+
+def _run_pass(
+    program: Program, step: Pass, data: Data | None, checker: Checker, tell: Callable[..., None]
+) -> Program:
+    start = time.perf_counter()
+    facts = _facts(program, step, data, tell)
+    tell("rewriting")
+
+    def attempt(fuel: int | None) -> _Attempt:
+        return _attempt(program, step, facts, checker, fuel, tell)
+
+    full = attempt(None)
+    limit = step.tolerance(facts)
+    if not full.verdict.error <= limit:
+        raise _guilty(step, full, attempt, limit, tell)
+    if not full.change and not step.optional:
+        reasons = "; ".join(f"{r.nodes[0]}: {r.why}" for r in full.skipped[:3])
+        raise PassError(
+            f"pass {step.name!r} changed nothing"
+            + (f" ({reasons})" if reasons else "")
+            + f"; take it out of the pipeline, or write {step.name}{{optional=true}}"
+        )
+    notes = full.notes
+    if facts.synthetic:
+        notes = (*notes, "calibrated on random inputs; hand over data to see the real ranges")
+    metrics = {"error": full.verdict.error, **full.verdict.metrics}
+    record = Step(
+        name=step.name, spec=str(step), effect=step.effect, diff=full.change,
+        after=snapshot(full.program, program.history[-1].after, program),
+        edits=full.edits, skipped=full.skipped, metrics=metrics, nodes=full.verdict.nodes,
+        notes=notes, seconds=time.perf_counter() - start,
+    )
+    return full.program.with_history(record)
+
+
+def _facts(
+    program: Program, step: Pass, data: Data | None, tell: Callable[..., None]
+) -> Facts:
+    if unknown := set(step.needs) - set(NEEDS):
+        raise PassError(f"pass {step.name!r} needs unknown facts {sorted(unknown)}; known: {NEEDS}")
+    if not step.needs:
+        return Facts(program)
+    batches = synthetic_data(program.io) if data is None else data()
+    found = measure(program, batches, lambda n: tell("calibrating", n))
+    return Facts(program, found, synthetic=data is None)
+
+
+def _attempt(
+    program: Program,
+    step: Pass,
+    facts: Facts,
+    checker: Checker,
+    fuel: int | None,
+    tell: Callable[..., None],
+) -> _Attempt:
+    edit = Edit(program, step.name, fuel)
+    try:
+        step.run(edit, facts)
+    except OutOfFuel:
+        pass
+    except QCompilerError:
+        raise
+    except Exception as error:  # any bug of a third party's pass, told with its name and place
+        raise PassError(f"pass {step.name!r} failed{edit.place()}: {error!r}") from error
+    after, edits, skipped, notes = edit.seal()
+    known = program.history[-1].after
+    change = diff(known, snapshot(after, known, program))
+    touched = {id for e in edits for id in e.nodes}
+    _refuse_silent_changes(step, change, touched)
+    if fuel is None:
+        tell("checking")
+    try:
+        verdict = checker.check(step.effect, program, after, change, touched)
+    except Exception as error:  # the rewritten graph does not even run: as wrong as can be
+        if not edits:
+            raise
+        verdict = Verdict(error=float("inf"), failure=f"{type(error).__name__}: {error}")
+    return _Attempt(after, edits, skipped, notes, change, verdict)
+
+
+def _refuse_silent_changes(step: Pass, change: Diff, touched: set[str]) -> None:
+    """Every change must belong to an edit with a reason; unused leftovers may disappear."""
+    changed = {*change.added, *change.rewired, *change.params, *change.params_added}
+    if silent := sorted(changed - touched):
+        raise PassError(
+            f"pass {step.name!r} changed {', '.join(silent[:3])} behind the editor's back; "
+            "every change goes through edit.call, edit.replace, … after edit.spend(why)"
+        )
+
+
+def _guilty(
+    step: Pass,
+    full: _Attempt,
+    attempt: Callable[[int | None], _Attempt],
+    limit: float,
+    tell: Callable[..., None],
+) -> PassError:
+    """Bisect the edits: the smallest number of edits that already breaks the promise."""
+    tell("bisecting")
+    good, bad, worst = 0, len(full.edits), full
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        trial = attempt(middle)
+        if trial.verdict.error <= limit:
+            good = middle
+        else:
+            bad, worst = middle, trial
+    if not full.edits:
+        return PassError(f"pass {step.name!r} broke its promise without an edit")
+    first = full.edits[bad - 1]
+    what = {
+        Effect.EXACT: f"differs by {worst.verdict.error:.1e} in float64 (allowed {limit:.0e})",
+        Effect.PLAN: f"changed the graph or a parameter ({worst.change})",
+        Effect.LOSSY: f"costs a relative error of {worst.verdict.error:.3g} (budget {limit:.3g})",
+        Effect.LOWER: f"is off the reference by {worst.verdict.error:.1e} (allowed {limit:.0e})",
+    }[step.effect]
+    if worst.verdict.failure:
+        what = f"leaves a program that fails to run: {worst.verdict.failure}"
+    return PassError(
+        f"pass {step.name!r} promises {step.effect} but {what}; rolled back. First bad edit: "
+        f"number {bad} of {len(full.edits)}, {first.why!r}, at {', '.join(first.nodes[:4])}"
+    )

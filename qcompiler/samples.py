@@ -1,0 +1,60 @@
+"""Inputs to check and to calibrate on: the user's, and random ones drawn like them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qcompiler.io import Port, Signature
+
+Flat = tuple[object, ...]
+
+
+def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None) -> Flat:
+    """One flat random input. Dynamic dimensions take `sizes`, or small odd sizes of their own.
+
+    Values are drawn from the range of the example at capture, so that token ids stay in the
+    vocabulary and masks stay 0/1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {d: _size(i, seed, *bounds) for i, (d, bounds) in enumerate(io.dims.items())}
+    chosen |= {d: max(io.dims[d][0], min(n, io.dims[d][1] or n)) for d, n in (sizes or {}).items()}
+    # Dimensions that only the example showed to be equal (a mask's batch) are drawn as equal.
+    for name in chosen:
+        if name.rstrip("0123456789") in chosen:
+            chosen[name] = chosen[name.rstrip("0123456789")]
+    return tuple(
+        _draw(port, chosen, generator) if port.is_tensor else port.constant for port in io.ports
+    )
+
+
+def check_inputs(io: Signature, example: Flat | None) -> list[Flat]:
+    """What each effect is checked on: the example, and two random inputs of other sizes."""
+    drawn = [random_inputs(io, seed) for seed in (1, 2)]
+    return [example, *drawn] if example is not None else drawn
+
+
+def synthetic_data(io: Signature, batches: int = 8) -> Iterator[Flat]:
+    """Calibration inputs for lack of real ones."""
+    for seed in range(batches):
+        yield random_inputs(io, 100 + seed, {"batch": 4, "sequence": 64})
+
+
+def _size(index: int, seed: int, low: int, high: int | None) -> int:
+    size = (3, 11, 5, 7)[index % 4] + seed - 1
+    return max(low, min(size, high or size))
+
+
+def _draw(port: Port, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
+    assert port.dtype is not None
+    shape = [sizes[d] if isinstance(d, str) else d for d in port.shape]
+    if port.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) > 0.5
+    if port.dtype.is_floating_point:
+        unit = torch.rand(shape, generator=generator, dtype=torch.float32)
+        return (port.low + (port.high - port.low) * unit).to(port.dtype)
+    return torch.randint(
+        int(port.low), int(port.high) + 1, shape, generator=generator, dtype=port.dtype
+    )
