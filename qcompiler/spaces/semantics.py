@@ -1,0 +1,64 @@
+"""What operators do to axes, once, as a table: everything else is derived from it.
+
+An operator is written as a sum of products of its operands, in the notation of einsum with letters
+for axes, `*` for leading axes that all share, and `(g r)` for an axis that merges two::
+
+    linear:   "0:* k, 1:n k -> * n"   and   "2:n -> * n"       y = x Wᵀ  +  b
+
+Elementwise operators are named by how they treat a positive scale of their input: `PASS` (linear, or
+positively homogeneous), `BREAK` (neither). Operators with hidden intermediate values (attention,
+norms) say so as a sequence of products over virtual values, in `spaces/rules.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+aten = torch.ops.aten
+qc = torch.ops.qc
+
+PRODUCTS: dict[object, tuple[str, ...]] = {
+    aten.linear.default: ("0:* k, 1:n k -> * n", "2:n -> * n"),
+    aten.mm.default: ("0:m k, 1:k n -> m n",),
+    aten.bmm.default: ("0:b m k, 1:b k n -> b m n",),
+    aten.addmm.default: ("1:m k, 2:k n -> m n", "0:n -> m n"),
+    aten.embedding.default: ("0:r d -> * d",),
+}
+"""Operator → summands; `n:` is the number of the argument."""
+
+CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+"""Convolution → number of spatial axes."""
+
+ELEMENTWISE_PRODUCT = {aten.mul.Tensor}
+ELEMENTWISE_QUOTIENT = {aten.div.Tensor}
+ELEMENTWISE_SUM = {aten.add.Tensor, aten.sub.Tensor}
+"""Binary operators with broadcasting; with a Python number, see `rules.py`."""
+
+PASS: set[object] = {
+    aten.neg.default, aten.relu.default, aten.relu_.default, aten.leaky_relu.default,
+    aten.abs.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default,
+    aten.type_as.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
+    aten.detach.default, aten.dropout.default,
+}
+
+BREAK: set[object] = {
+    aten.silu.default, aten.gelu.default, aten.tanh.default, aten.sigmoid.default,
+    aten.exp.default, aten.log.default, aten.sqrt.default, aten.rsqrt.default, aten.sin.default,
+    aten.cos.default, aten.erf.default, aten.softplus.default, aten.elu.default,
+    aten.hardtanh.default, aten.hardswish.default, aten.hardsigmoid.default, aten.mish.default,
+    aten.pow.Tensor_Scalar, aten.clamp.default, aten.clamp_min.default, aten.reciprocal.default,
+    aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar, aten.log1p.default, aten.relu6.default,
+    aten.square.default, aten.round.default, aten.floor.default, qc.fake_quantize.default,
+}
+REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
+POOLS = {
+    aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
+    aten.max_pool1d.default, aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default,
+}
+RESHAPES = {
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
+    aten.unflatten.int,
+}
+PERMUTATIONS = {aten.transpose.int, aten.permute.default, aten.t.default}
+NORMS = {aten.rms_norm.default, aten.layer_norm.default}
