@@ -1,13 +1,29 @@
-"""qcompiler: a compiler-style graph rewriting toolkit that quantizes neural networks."""
+"""qcompiler: a compiler-style graph rewriting toolkit that quantizes neural networks.
+
+    compiled = qcompiler.compile(model, example_inputs, recipe="w8a8-dynamic-smooth", data=batches)
+    print(compiled.diff())        # what each pass did, why, what it cost, what it skipped
+    compiled.save("out")          # qcompiler.load("out") brings it back
+"""
 
 from qcompiler import ops as _ops  # registers the qc:: operators
+from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.capture import capture
+from qcompiler.compiled import Compiled, compile
+from qcompiler.edit import Edit
 from qcompiler.errors import BackendError, BadInput, PassError, QCompilerError
-from qcompiler.formats import QFormat, Scheme
-from qcompiler.program import Program
+from qcompiler.facts import Facts
+from qcompiler.formats import QFormat, QTensor, Scheme
+from qcompiler.history import Effect, Step
+from qcompiler.passbase import Pass
+from qcompiler.program import Program, Tag
+from qcompiler.recipe import load_recipe
+from qcompiler.spaces import find as spaces
+from qcompiler.store import load
+from qcompiler.version import __version__
 
-__version__ = "0.1.0"
+del _ops
 __all__ = [
-    "BackendError", "BadInput", "PassError", "Program", "QCompilerError", "QFormat", "Scheme",
-    "capture",
+    "Artifact", "Backend", "BackendError", "BadInput", "Capability", "Compiled", "Edit", "Effect",
+    "Facts", "Pass", "PassError", "Program", "QCompilerError", "QFormat", "QTensor", "Scheme",
+    "Step", "Tag", "__version__", "capture", "compile", "load", "load_recipe", "spaces",
 ]

@@ -8,11 +8,13 @@ pipeline stop a pass after n edits (fuel) and bisect a broken one down to the fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument
 
 from qcompiler.errors import PassError
@@ -49,6 +51,7 @@ class Edit:
         self._plan = dict(program.plan)
         self._counters = dict(program.counters)
         self._edits: list[_Open] = []
+        self._mode = detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
         self._skipped: list[Reason] = []
         self._notes: list[str] = []
 
@@ -135,7 +138,7 @@ class Edit:
             place = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
         with self.graph.inserting_after(place):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = fake_call(target, args, kwargs)
+        node.meta["val"] = fake_call(node, self._mode)
         origin = tuple(node_id(n) for n in replaces)
         self._tag(node, Tag.of(like).scope, op_name(target), origin)
         self._touch(node, *replaces)
@@ -184,7 +187,7 @@ class Edit:
         old = node.args[index] if index < len(node.args) else None
         node.args = (*node.args, *[None] * (index + 1 - len(node.args)))
         node.update_arg(index, value)
-        node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
+        node.meta["val"] = fake_call(node, self._mode)
         if isinstance(old, fx.Node):
             self._erase_dead(old)
 
@@ -245,8 +248,7 @@ class Edit:
         return name
 
     def _fake(self, value: Tensor) -> object:
-        mode = detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
-        return mode.from_tensor(value, static_shapes=True) if mode else value.to("meta")
+        return self._mode.from_tensor(value, static_shapes=True) if self._mode else value.to("meta")
 
 
 def node_tag(
@@ -273,15 +275,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def fake_call(target: object, args: object, kwargs: object) -> object:
-    """Result of a call on the nodes' fake values: shape and type without arithmetic."""
-    values_args, values_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    mode = detect_fake_mode((values_args, values_kwargs))
-    with torch.no_grad():
-        if mode is None:
-            return target(*values_args, **values_kwargs)  # type: ignore[operator]
-        with mode:
-            return target(*values_args, **values_kwargs)  # type: ignore[operator]
+def fake_call(node: fx.Node, mode: FakeTensorMode | None) -> object:
+    """Result of a call on the fake values of its inputs: shape and type without arithmetic."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with torch.no_grad(), mode or nullcontext():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _inputs(args: object, kwargs: object) -> list[fx.Node]:

@@ -21,6 +21,13 @@ class BadInput(QCompilerError):
 class PassError(QCompilerError):
     """A pass broke its promise; the program was rolled back to the state before it."""
 
+    def __init__(self, message: str, *, what: str = "", nodes: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.what = what
+        """What went wrong, without the story around it."""
+        self.nodes = nodes
+        """Ids that the first bad edit is about."""
+
 
 class BackendError(QCompilerError):
     """A backend cannot build or run what it was given."""

@@ -165,7 +165,10 @@ def spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Repeat each scale over its block, so that the result broadcasts against `shape`.
 
     Axes with one scale stay 1 long. A short last group is cut off at the end of its axis.
+    A single scale serves any shape.
     """
+    if scale.numel() == 1:
+        return scale.reshape((1,) * len(shape))
     for axis, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
         if have not in (1, want):
             block = -(-want // have)

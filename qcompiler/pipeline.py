@@ -193,5 +193,7 @@ def _guilty(
         what = f"leaves a program that fails to run: {worst.verdict.failure}"
     return PassError(
         f"pass {step.name!r} promises {step.effect} but {what}; rolled back. First bad edit: "
-        f"number {bad} of {len(full.edits)}, {first.why!r}, at {', '.join(first.nodes[:4])}"
+        f"number {bad} of {len(full.edits)}, {first.why!r}, at {', '.join(first.nodes[:4])}",
+        what=what,
+        nodes=first.nodes,
     )

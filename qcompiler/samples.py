@@ -20,7 +20,10 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = {d: _size(i, seed, *bounds) for i, (d, bounds) in enumerate(io.dims.items())}
-    chosen |= {d: max(io.dims[d][0], min(n, io.dims[d][1] or n)) for d, n in (sizes or {}).items()}
+    for name, wanted in (sizes or {}).items():
+        if name in io.dims:
+            low, high = io.dims[name]
+            chosen[name] = max(low, min(wanted, high or wanted))
     # Dimensions that only the example showed to be equal (a mask's batch) are drawn as equal.
     for name in chosen:
         if name.rstrip("0123456789") in chosen:

@@ -1,0 +1,152 @@
+"""The quantized kernels of ONNX Runtime as functions of torch tensors.
+
+They are called while a program is traced for export. What ONNX alone can say becomes a symbolic
+operator (it has a shape and no arithmetic), the rest is plain torch.
+
+Activations are quantized to *uint8*: a signed q becomes q + 128 with zero point 128. The numbers are
+the same, but x86 has fast kernels for uint8 × int8 only; int8 × int8 is ten times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Shape = Sequence[int | torch.SymInt]
+
+
+def _onnx(
+    op: str, inputs: Sequence[Tensor | None], dtype: torch.dtype, shape: Shape, **attributes: int
+) -> Tensor:
+    version = 1 if op.startswith("com.microsoft::") else None
+    return torch.onnx.ops.symbolic(
+        op, inputs, {**attributes}, dtype=dtype, shape=tuple(shape), version=version
+    )
+
+
+def quantize_linear(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    """clamp(round(x / scale) + zero, low, high) as uint8, the shape of `x`; one scale."""
+    q = _onnx("QuantizeLinear", (x, scale, zero), torch.uint8, x.shape)
+    return q if (low, high) == (0, 255) else q.clamp(low, high)
+
+
+def dequantize_linear(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, block: int) -> Tensor:
+    """(q - zero) * scale; `block` 0 is one scale for all, or one per index of `axis`."""
+    blocked = {"block_size": block} if block else {}
+    return _onnx(
+        "DequantizeLinear", (q, scale, zero), torch.float32, q.shape, axis=axis, **blocked
+    )
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    """Fake quantization with a known scale, in the form (QDQ) that ONNX Runtime fuses."""
+    q = quantize_linear(x, scale, zero, low, high)
+    return dequantize_linear(q, scale, zero, 0, 0)
+
+
+def dynamic_scale(x: Tensor, axes: Sequence[int], qmax: int) -> Tensor:
+    """max|x| / qmax over `axes`, which stay with size 1; a block of zeros gets 1."""
+    scale = x.abs().amax(axes, keepdim=True) / qmax
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def quantize_dynamic(x: Tensor, axes: Sequence[int], qmax: int) -> Tensor:
+    """Fake quantization with scales from `x` itself: nothing is out of range."""
+    scale = dynamic_scale(x, axes, qmax)
+    return torch.round(x / scale) * scale
+
+
+def quantize_tokens(
+    x: Tensor, one: Tensor, zero: Tensor, axes: Sequence[int], qmax: int
+) -> tuple[Tensor, Tensor]:
+    """(q + 128 as uint8, scale) with scales from `x`; `one` and `zero` are the constants 1 and 128.
+
+    QuantizeLinear takes no scale per row of a batch, so the division comes before it. Nothing is
+    out of range, so nothing is clipped.
+    """
+    scale = dynamic_scale(x, axes, qmax)
+    return quantize_linear(x / scale, one, zero, 0, 255), scale
+
+
+def integer_linear(
+    quantized: tuple[Tensor, Tensor],
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    bias: Tensor | None,
+    zero: Tensor,
+) -> Tensor:
+    """Σ (q - 128)(w - z) in int32, times both scales: (…, K) and (K, N) to (…, N)."""
+    q, scale = quantized
+    shape = (*q.shape[:-1], weight.shape[1])
+    total = _onnx("MatMulInteger", (q, weight, zero, weight_zero), torch.int32, shape)
+    y = total.float() * scale * weight_scale
+    return y if bias is None else y + bias
+
+
+def dequantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    block: int,
+) -> Tensor:
+    """x @ dequantize(weight (K, N)) + bias; with a QDQ input ONNX Runtime makes it one kernel."""
+    w = dequantize_linear(weight, scale, zero, 0 if block else 1, block)
+    # A matrix times a matrix, plus a bias, would become a Gemm, which has no such kernel.
+    y = (x.unsqueeze(0) @ w).squeeze(0) if x.ndim == 2 else x @ w
+    return y if bias is None else y + bias
+
+
+def nbits_linear(
+    x: Tensor,
+    planes: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """Sum of `MatMulNBits` over planes (data (N, blocks, bytes), scale, zero), plus bias.
+
+    `accuracy_level` 1 is float32 arithmetic; without it the kernel may round activations to int8.
+    """
+    total: Tensor | None = None
+    for data, scale, zero in planes:
+        y = _onnx(
+            "com.microsoft::MatMulNBits",
+            (x, data, scale, zero, None, bias if total is None else None),
+            x.dtype, (*x.shape[:-1], data.shape[0]),
+            K=int(x.shape[-1]), N=data.shape[0], bits=bits, block_size=block, accuracy_level=1,
+        )
+        total = y if total is None else total + y
+    assert total is not None
+    return total
+
+
+def gather_rows(
+    ids: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: Tensor | None,
+    width: int,
+    bits: int,
+) -> Tensor:
+    """Rows of a table stored as unsigned `bits` each, low bits first; only these are dequantized.
+
+    `group` (width,) is the number of each column's scale, None for one scale in a row.
+    """
+    q = data[ids].float()
+    if bits < 8:  # in float: ONNX has no shift by a number that every exporter writes right
+        shifted = [torch.floor(q / 2**shift) for shift in range(0, 9, bits)]
+        fields = [this - after * 2**bits for this, after in pairwise(shifted)]
+        q = torch.stack(fields, -1).flatten(-2)[..., :width]
+    s = scale[ids]
+    z = None if zero is None else zero[ids].float()
+    if group is not None:
+        s = s[..., group]
+        z = None if z is None else z[..., group]
+    return (q - (2 ** (bits - 1) if z is None else z)) * s

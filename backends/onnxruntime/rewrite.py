@@ -1,0 +1,298 @@
+"""From a quantized program to a graph of the functions in `kernels.py`.
+
+The graph stays one of torch functions, with parameters as placeholders in front: it is traced once
+more for the export, and every node keeps the id that it has in the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Argument, map_aggregate
+
+from qcompiler.backends.onnxruntime import capabilities as names
+from qcompiler.backends.onnxruntime import kernels
+from qcompiler.backends.onnxruntime.layout import (
+    Weight,
+    block_of,
+    container,
+    pack_fields,
+    planes,
+    unsigned,
+)
+from qcompiler.edit import copy_graph
+from qcompiler.formats import QFormat, Scheme
+from qcompiler.ops import fake_quantize, rope
+from qcompiler.program import Program, node_id
+from qcompiler.sites import Site, sites
+
+aten = torch.ops.aten
+qc = torch.ops.qc
+
+
+class Rewriter:
+    """A private copy of the program's graph, rewritten once by `run`."""
+
+    def __init__(self, program: Program) -> None:
+        self.graph = copy_graph(program.graph)
+        self.tensors = {slot: program.params[name] for slot, name in program.slots.items()}
+        """Name of a placeholder → what it holds in the ONNX file."""
+        self.nibbles: dict[str, bool] = {}
+        """Placeholders of 4 bit numbers → whether these are signed; torch has no such type."""
+        self.kernels: dict[str, str] = {}
+        """Site id → kernel."""
+        self._slots = program.slots
+        self._constants: dict[str, fx.Node] = {}
+        self._tokens: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        for site in sites(list(self.graph.nodes)):
+            self._site(site)
+        for node in list(self.graph.nodes):
+            if node.target is qc.fake_quantize.default:
+                self._fake_quantize(node)
+            elif node.target is qc.dequantize.default and node.users:
+                self._dequantize(node)
+            elif node.target is qc.rope.default:
+                node.target = rope
+        self._clean()
+
+    # --- sites ---------------------------------------------------------------------------------
+
+    def _site(self, site: Site) -> None:
+        weight = self._weight(site.weight)
+        if weight is None:
+            return
+        scheme = Scheme(weight.format, _format(site.x))
+        found = names.kernel_of(site, scheme)
+        if found is None:
+            return
+        plain = found.kernel == names.CONV_QDQ and not _requantized(site.node)
+        self.kernels[site.id] = names.CONV if plain else found.kernel
+        makers: dict[str, Callable[[Site, Weight], None]] = {
+            names.INTEGER: self._integer, names.QDQ: self._dequantized,
+            names.NBITS: self._nbits, names.TWO_NBITS: self._nbits,
+            names.DEQUANTIZED: self._dequantized, names.GATHER: self._gather,
+            names.CONV: self._conv, names.CONV_QDQ: self._conv,
+        }
+        makers[found.kernel](site, weight)
+
+    def _weight(self, node: fx.Node) -> Weight | None:
+        """The stored weight that `node` is, seen through the reshape of a convolution's kernel."""
+        if node.target is aten.reshape.default and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        if node.target is not qc.dequantize.default:
+            return None
+        data, scale, zero = node.args[:3]
+        assert isinstance(data, fx.Node) and isinstance(scale, fx.Node)
+        return Weight.of(
+            node, self._slots[data.name].removesuffix(".data"), self.tensors[data.name],
+            self.tensors[scale.name],
+            self.tensors[zero.name] if isinstance(zero, fx.Node) else None,
+        )
+
+    def _integer(self, site: Site, weight: Weight) -> None:
+        source, fmt = site.x, _format(site.x)
+        assert source is not None and fmt is not None
+        if source not in self._tokens:
+            self._tokens[source] = self._call(
+                kernels.quantize_tokens, source.args[0], self._constant("one", torch.tensor(1.0)),
+                self._middle(), _axes(fmt, source), fmt.qmax, like=source, before=source,
+            )
+        data, scale, zero = self._affine(weight, transpose=True, explicit=False)
+        self._swap(
+            site.node, kernels.integer_linear, self._tokens[source], data, scale, zero, site.bias,
+            self._middle(),
+        )
+
+    def _dequantized(self, site: Site, weight: Weight) -> None:
+        data, scale, zero = self._affine(weight, transpose=True)
+        self._swap(
+            site.node, kernels.dequantized_linear, site.x, data, scale, zero, site.bias,
+            _block(weight),
+        )
+
+    def _nbits(self, site: Site, weight: Weight) -> None:
+        block = block_of(weight.format, weight.data.shape[1])
+        assert block is not None
+        stored = [
+            tuple(
+                None if t is None else self._constant(f"{weight.name}.plane{i}.{part}", t)
+                for part, t in (("data", p.data), ("scale", p.scale), ("zero", p.zero))
+            )
+            for i, p in enumerate(planes(weight, block))
+        ]
+        bits = min(container(weight.format.bits), 4)
+        self._swap(site.node, kernels.nbits_linear, site.x, stored, site.bias, bits, block)
+
+    def _conv(self, site: Site, weight: Weight) -> None:
+        if _block(weight):
+            return  # groups across a kernel's window: dequantized as rows, then reshaped
+        shape = tuple(site.weight.meta["val"].shape)
+        data, scale, zero = self._affine(weight, transpose=False, shape=shape)
+        new = self._call(
+            kernels.dequantize_linear, data, scale, zero, 0, 0, like=site.node, before=site.node
+        )
+        site.node.update_arg(site.kind.weight, new)
+
+    def _gather(self, site: Site, weight: Weight) -> None:
+        bits, width = container(weight.format.bits), weight.data.shape[1]
+        fields, zero = unsigned(weight)
+        group = torch.arange(width) // weight.group if _block(weight) else None
+        self._swap(
+            site.node, kernels.gather_rows, site.node.args[1],
+            self._constant(f"{weight.name}.table", pack_fields(fields, bits)),
+            self._constant(f"{weight.name}.table_scale", weight.scale),
+            self._optional(f"{weight.name}.table_zero", zero),
+            self._optional(f"group_{width}_{weight.group}", group), width, bits,
+        )
+
+    # --- what belongs to no site ---------------------------------------------------------------
+
+    def _fake_quantize(self, node: fx.Node) -> None:
+        x, _, scale, zero = [*node.args, None, None][:4]
+        fmt = _format(node)
+        assert isinstance(x, fx.Node) and fmt is not None
+        if isinstance(scale, fx.Node) and fmt.block is None and scale.name in self.tensors:
+            offset = 128 if fmt.signed else 0
+            if fmt.symmetric and _non_negative(x):
+                offset = 0  # the same numbers; a Relu in front then costs nothing
+            middle = offset + (int(self.tensors[zero.name]) if isinstance(zero, fx.Node) else 0)
+            self._swap(
+                node, kernels.quantize_static, x,
+                self._constant(f"{self._slots[scale.name]}", self.tensors[scale.name].reshape(())),
+                self._constant(f"zero_{middle}", torch.tensor(middle, dtype=torch.uint8)),
+                max(fmt.qmin + offset, 0), fmt.qmax + offset,
+            )
+        elif scale is None and fmt.symmetric and (axes := _axes(fmt, x)):
+            self._swap(node, kernels.quantize_dynamic, x, axes, fmt.qmax)
+        else:
+            node.target = fake_quantize
+
+    def _dequantize(self, node: fx.Node) -> None:
+        weight = self._weight(node)
+        assert weight is not None
+        data, scale, zero = self._affine(weight, transpose=False)
+        block = _block(weight)
+        self._swap(
+            node, kernels.dequantize_linear, data, scale, zero, 1 if block else 0, block
+        )
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _affine(
+        self,
+        weight: Weight,
+        transpose: bool,
+        shape: tuple[int, ...] | None = None,
+        explicit: bool = True,
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """Data (N, K), scale and zero point (N,) or (N, groups), as DequantizeLinear reads them.
+
+        Zeros are written out too (`explicit`): where ONNX Runtime turns int8 weights into uint8 it
+        would otherwise add a single zero point for many scales, and fail when it runs.
+        """
+        def lay(t: Tensor, suffix: str) -> fx.Node:
+            t = t.T if transpose and t.ndim == 2 else t
+            name = f"{weight.name}.{suffix}" + ("_t" if transpose else "")
+            return self._constant(name, t.contiguous())
+
+        def narrow(t: Tensor) -> Tensor:
+            return t if _block(weight) else t[:, 0]
+
+        data = lay(weight.data.to(weight.dtype).reshape(shape or weight.data.shape), "data")
+        scale = lay(narrow(weight.scale), "scale")
+        zeros = torch.zeros_like(weight.scale) if explicit else None
+        zeros = weight.zero if weight.zero is not None else zeros
+        zero = None if zeros is None else lay(narrow(zeros).to(weight.dtype), "zero")
+        if weight.format.bits <= 4:
+            self.nibbles |= {str(n.target): weight.format.signed for n in (data, zero) if n}
+        return data, scale, zero
+
+    def _middle(self) -> fx.Node:
+        return self._constant("zero_128", torch.tensor(128, dtype=torch.uint8))
+
+    def _optional(self, name: str, value: Tensor | None) -> fx.Node | None:
+        return None if value is None else self._constant(name, value)
+
+    def _constant(self, name: str, value: Tensor) -> fx.Node:
+        """A placeholder for `value`; one for each name."""
+        if name not in self._constants:
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder("c_" + "".join(c if c.isalnum() else "_" for c in name))
+            self.tensors[node.name] = value
+            self._constants[name] = node
+        return self._constants[name]
+
+    def _call(
+        self, function: Callable[..., object], *args: Argument, like: fx.Node, before: fx.Node
+    ) -> fx.Node:
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(function, args)
+        node.meta["custom"] = like.meta["custom"]
+        return node
+
+    def _swap(self, old: fx.Node, function: Callable[..., object], *args: Argument) -> None:
+        new = self._call(function, *args, like=old, before=old)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def _clean(self) -> None:
+        """Drop what nobody reads, and compute in float32: ONNX Runtime has kernels for no other."""
+        self.graph.eliminate_dead_code()
+        for node in list(self.graph.nodes):
+            if node.name in self.tensors and not node.users:
+                self.graph.erase_node(node)
+                del self.tensors[node.name]
+            else:
+                node.args = map_aggregate(node.args, _as_float32)
+                node.kwargs = map_aggregate(node.kwargs, _as_float32)
+                node.meta = {"custom": {"id": node_id(node)}} if "custom" in node.meta else {}
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point():
+                self.tensors[name] = tensor.float()
+
+
+def _as_float32(value: Argument) -> Argument:
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float32
+    return value
+
+
+def _format(node: fx.Node | None) -> QFormat | None:
+    """The format to which `node` rounds, if it does."""
+    if node is None or node.target is not qc.fake_quantize.default:
+        return None
+    return QFormat.parse(str(node.args[1]))
+
+
+def _block(weight: Weight) -> int:
+    """Block size of a blocked DequantizeLinear; 0 for one scale per row."""
+    return 0 if weight.scale.shape[1] == 1 else weight.group
+
+
+def _axes(fmt: QFormat, node: fx.Node) -> tuple[int, ...]:
+    """The trailing axes that share a scale; empty if it is only a part of an axis."""
+    rank = node.meta["val"].ndim
+    block = (-1,) * rank if fmt.block is None else fmt.block[-rank:]
+    return tuple(range(-len(block), 0)) if set(block) == {-1} else ()
+
+
+def _requantized(node: fx.Node) -> bool:
+    """Whether nothing but one static format reads `node`, maybe behind a Relu."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target is aten.relu.default:
+        users = list(users[0].users)
+    fmt = _format(users[0]) if len(users) == 1 else None
+    return fmt is not None and fmt.block is None and not fmt.dynamic
+
+
+def _non_negative(node: fx.Node) -> bool:
+    """Whether `node` yields no negative number, seen through what only moves numbers."""
+    moves = (aten.max_pool2d.default, aten.reshape.default, aten.flatten.using_ints)
+    while node.target in moves and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.target is aten.relu.default

@@ -1,0 +1,38 @@
+"""The reference: runs the quantized program as it is written, in plain torch, in every format.
+
+Slow and right. Every other backend is compared with it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from qcompiler.backend import Artifact, Backend
+from qcompiler.formats import Scheme
+from qcompiler.program import Program
+from qcompiler.samples import Flat
+from qcompiler.sites import Site
+
+
+class ProgramArtifact(Artifact):
+    """A program that runs itself."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def run(self, inputs: Flat) -> tuple[object, ...]:
+        return self.program.flat(inputs)
+
+
+class ReferenceBackend(Backend):
+    """Plain torch, every format."""
+
+    name: ClassVar[str] = "reference"
+    summary: ClassVar[str] = "plain torch, every format, no speed: what the others are compared with"
+    tolerance: ClassVar[float] = 0.0
+
+    def refuses(self, site: Site, scheme: Scheme) -> str | None:
+        return None
+
+    def build(self, program: Program) -> Artifact:
+        return ProgramArtifact(program)

@@ -1,0 +1,112 @@
+"""Give every site a scheme: one for all, and patterns for the exceptions.
+
+A plan is data: this pass changes no graph and no weight, and what it wrote can be printed, edited
+by hand and compared.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import fx
+
+from qcompiler.edit import Edit
+from qcompiler.errors import BadInput
+from qcompiler.facts import Facts
+from qcompiler.formats import NAMED_BLOCKS, QFormat, Scheme
+from qcompiler.history import Effect
+from qcompiler.passbase import Pass
+from qcompiler.sites import Site, sites
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assign(Pass):
+    """One scheme for all linears and convolutions, with patterns for exceptions."""
+
+    name: ClassVar[str] = "assign"
+    effect: ClassVar[Effect] = Effect.PLAN
+
+    weight: str = "int8:channel"
+    activation: str = FLOAT
+    embedding: str = FLOAT
+    """Format of embedding tables."""
+    head: str = FLOAT
+    """Weight format of the last linear before an output; `same` is like all others."""
+    exceptions: tuple[str, ...] = ()
+    """`pattern=weight` or `pattern=weight/activation`, matched against node ids, first one wins."""
+
+    def run(self, edit: Edit, facts: Facts) -> None:
+        rules = [_parse_rule(text) for text in self.exceptions]
+        used: set[int] = set()
+        for site in sites(edit.nodes):
+            if not site.node.meta["val"].is_floating_point() or not edit.is_weight(site.weight):
+                edit.skip(site.node, "its weight is computed from the input")
+                continue
+            number, (weight, activation) = self._choose(site, rules)
+            used |= {number} if number is not None else set()
+            scheme = _fit(site, weight, activation)
+            if scheme.weight is None and scheme.activation is None:
+                edit.skip(site.node, "stays in floating point, as the options say")
+                continue
+            edit.spend(f"{scheme}", site.node)
+            edit.assign(site.node, scheme)
+        for number, (pattern, *_) in enumerate(rules):
+            if number not in used:
+                raise BadInput(f"assign: exception {pattern!r} matches no site; see `inspect`")
+
+    def _choose(
+        self, site: Site, rules: list[tuple[str, str, str]]
+    ) -> tuple[int | None, tuple[str, str]]:
+        for number, (pattern, weight, activation) in enumerate(rules):
+            if fnmatch.fnmatch(site.id, pattern):
+                return number, (weight, activation)
+        if site.kind.x is None:
+            return None, (self.embedding, FLOAT)
+        if self.head != "same" and _is_head(site.node):
+            return None, (self.head, FLOAT if self.head == FLOAT else self.activation)
+        return None, (self.weight, self.activation)
+
+
+def _parse_rule(text: str) -> tuple[str, str, str]:
+    pattern, mark, formats = text.partition("=")
+    if not mark or not pattern or not formats:
+        raise BadInput(f"assign: an exception is pattern=weight[/activation]; found {text!r}")
+    weight, _, activation = formats.partition("/")
+    return pattern, weight, activation or FLOAT
+
+
+def _fit(site: Site, weight: str, activation: str) -> Scheme:
+    """The scheme in the shape of this site: what is `channel` of a matrix, what `token` of images."""
+    w = None if weight == FLOAT else QFormat.parse(weight)
+    a = None if activation == FLOAT or site.kind.x is None else QFormat.parse(activation)
+    if w is not None and w.dynamic:
+        raise BadInput(f"assign: a weight has no dynamic scales; found {weight!r}")
+    if site.kind.name == "conv":
+        rank = site.weight.meta["val"].ndim
+        if w is not None and w.block is not None:
+            w = replace(w, block=(-1,) * (rank - 1))  # a convolution has no groups of inputs
+        if a is not None and a.block == NAMED_BLOCKS["token"]:
+            a = replace(a, block=(-1,) * (rank - 1))
+    return Scheme(w, a)
+
+
+def _is_head(node: fx.Node) -> bool:
+    """Whether every path from `node` to an output meets no other site."""
+    from qcompiler.sites import site_of
+
+    waiting, seen = list(node.users), set()
+    reaches = False
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if site_of(current) is not None:
+            return False
+        reaches = reaches or current.op == "output"
+        waiting.extend(current.users)
+    return reaches

@@ -1,0 +1,97 @@
+"""Evaluate each weight's expression once, in float64, and round once.
+
+    W' = round( expression(W, …) )      q_proj.weight = q_proj.weight · diag(s)
+
+Exact passes write transforms on the weight's edge; this pass turns them into stored numbers, one
+weight at a time, so the extra memory is one weight in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcompiler.edit import Edit
+from qcompiler.facts import Facts
+from qcompiler.history import Effect
+from qcompiler.passbase import Pass
+from qcompiler.program import node_id, op_name
+
+aten = torch.ops.aten
+
+VIEWS = {aten.unsqueeze.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+"""Largest relative output error that one rounding of every weight may cost, by storage type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Pass):
+    """Turn expressions of weights into stored weights (float64, rounded once)."""
+
+    name: ClassVar[str] = "fold"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    def tolerance(self, facts: Facts) -> float:
+        return ROUNDING.get(facts.program.dtype, 1e-1)
+
+    def run(self, edit: Edit, facts: Facts) -> None:
+        for node in edit.calls():
+            if not edit.is_weight(node) or all(map(edit.is_weight, node.users)):
+                continue
+            if not node.meta["val"].is_floating_point():
+                continue
+            tree = _expression(node)
+            if torch.ops.qc.dequantize.default in {n.target for n in tree}:
+                continue  # stored in low precision already
+            if all(n.target in VIEWS for n in tree if n.op == "call_function"):
+                continue  # a view costs nothing
+            self._fold(edit, facts, node, tree)
+
+    def _fold(self, edit: Edit, facts: Facts, node: fx.Node, tree: list[fx.Node]) -> None:
+        value = facts.value(node)
+        assert value is not None
+        value = value.to(node.meta["val"].dtype).contiguous()
+        leaf = _principal(node)
+        operators = ", ".join(op_name(n.target) for n in tree if n.op == "call_function")
+        edit.spend(f"{node_id(leaf)} becomes the value of {operators}", node, leaf)
+        if _only_reader(leaf, node):
+            users = list(node.users)
+            edit.set_param(leaf, value)
+            edit.replace(node, leaf, only=users)
+        else:
+            edit.replace(node, edit.new_param(node_id(leaf), value, like=leaf))
+
+
+def _principal(node: fx.Node) -> fx.Node:
+    """The parameter that an expression is about: `W` of mul(W, reshape(s)), by first operands."""
+    while node.op != "placeholder":
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _expression(node: fx.Node) -> list[fx.Node]:
+    """All nodes that `node` is made of, itself first."""
+    found: dict[fx.Node, None] = {}
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found[current] = None
+            waiting.extend(current.all_input_nodes)
+    return list(found)
+
+
+def _only_reader(leaf: fx.Node, node: fx.Node) -> bool:
+    """Whether everything that reads `leaf` ends in `node` alone."""
+    waiting = [leaf]
+    while waiting:
+        for user in waiting.pop().users:
+            if user is node:
+                continue
+            if not user.users or user.op == "output" or user not in _expression(node):
+                return False
+            waiting.append(user)
+    return True

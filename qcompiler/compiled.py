@@ -1,0 +1,183 @@
+"""The front door: `compile` a model with a recipe for a backend, get something that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompiler.backend import Artifact, Backend, Lowered
+from qcompiler.capture import Dynamic, Model, Source, open_model
+from qcompiler.check import relative_error
+from qcompiler.errors import BackendError, BadInput, PassError
+from qcompiler.history import Step
+from qcompiler.io import as_call
+from qcompiler.passbase import Pass
+from qcompiler.pipeline import Watcher, run_pipeline
+from qcompiler.program import Program
+from qcompiler.recipe import DEFAULT, Recipe, load_recipe
+from qcompiler.registry import get_backend, make_passes
+from qcompiler.samples import Flat, check_inputs
+from qcompiler.show.account import Account
+
+Batches = Iterable[object]
+"""Calibration batches: each a tensor, a tuple of inputs, or a mapping of inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """What `compile` returns: runs like the model, and tells everything that was done to it."""
+
+    program: Program
+    """The quantized program, before lowering: what is saved, inspected and rewritten further."""
+    artifact: Artifact
+    backend: Backend
+    float_bytes: int
+    """Bytes of the parameters at capture."""
+    source: Source = field(default_factory=lambda: Source("module"))
+    lowered: Lowered | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def history(self) -> tuple[Step, ...]:
+        """Capture, then one step for each pass."""
+        return self.program.history
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the quantized parameters."""
+        return self.program.bytes
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        """Site → kernel that serves it on this backend."""
+        return self.lowered.kernels if self.lowered else {}
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Site → why the backend runs the reference there."""
+        return self.lowered.refused if self.lowered else {}
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Call with the source model's own signature; returns its own output structure."""
+        io = self.program.io
+        with torch.no_grad():
+            return io.restore(self.artifact.run(io.flatten(args, kwargs)))
+
+    def diff(self) -> Account:
+        """What each pass did, why, what it cost, what it skipped; prints as a table."""
+        return Account(self.history)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write everything to `directory`; an artifact that is there already survives a failure."""
+        from qcompiler.store import save
+
+        return save(self, Path(directory))
+
+
+def compile(
+    model: Model,
+    example_inputs: object = None,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    passes: str | Sequence[Pass | str] | None = None,
+    backend: str | Backend = "cpu",
+    data: Batches | None = None,
+    dynamic: Dynamic = None,
+    watch: Watcher | None = None,
+) -> Compiled:
+    """Capture `model`, run a pipeline over it, lower it for `backend`, and check the result.
+
+    Give a `recipe` (name or TOML file) or `passes` (text or a sequence); neither is
+    `w8a8-dynamic-smooth`. `data` are batches for passes that calibrate; without them random inputs
+    serve and the step says so. `watch` is told about progress.
+    """
+    if recipe is not None and passes is not None:
+        raise BadInput("give a recipe or passes, not both")
+    if passes is not None:
+        pipeline = make_passes(passes if isinstance(passes, str) else tuple(passes))
+    else:
+        chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT)
+        pipeline = chosen.passes()
+    target = get_backend(backend) if isinstance(backend, str) else backend
+    batches = None if data is None else _keep(data)
+    program, source, example = open_model(model, example_inputs, dynamic=dynamic)
+    flat = _flatten(program, example, "example_inputs") if example is not None else None
+    feed = None
+    if batches is not None:
+        ready = [_flatten(program, b, f"data batch {i}") for i, b in enumerate(batches)]
+        feed = lambda: iter(ready)  # noqa: E731 (a name for a two-word function)
+    quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch)
+    return finish(quantized, target, program.bytes, source, flat, watch)
+
+
+def finish(
+    program: Program,
+    backend: Backend,
+    float_bytes: int,
+    source: Source,
+    example: Flat | None = None,
+    watch: Watcher | None = None,
+) -> Compiled:
+    """Lower and build a quantized program, and hold the artifact against the reference."""
+    lowered, notes = lower(program, backend, example, watch)
+    artifact = backend.build(lowered.program)
+    for inputs in check_inputs(program.io, example)[:1]:
+        check_artifact(program, artifact, backend, inputs)
+    return Compiled(program, artifact, backend, float_bytes, source, lowered, notes)
+
+
+def lower(
+    program: Program, backend: Backend, example: Flat | None, watch: Watcher | None
+) -> tuple[Lowered, tuple[str, ...]]:
+    """Run the backend's lowering; a site whose kernel is off goes back to the reference."""
+    excluded: dict[str, str] = {}
+    while True:
+        passes = backend.lowering(frozenset(excluded))
+        if not passes:
+            return Lowered(program), ()
+        try:
+            result = run_pipeline(program, passes, example=example, watch=watch)
+        except PassError as error:
+            bad = [i for i in error.nodes if i in program.by_id and i not in excluded]
+            if not bad:
+                raise
+            excluded[bad[0]] = f"its kernel is off the reference here: {error.what}"
+            continue
+        steps = result.history[len(program.history) :]
+        refused = {r.nodes[0]: r.why for s in steps for r in s.skipped} | excluded
+        kernels = {e.nodes[0]: e.why for s in steps for e in s.edits}
+        notes = tuple(f"{id}: {why}" for id, why in excluded.items())
+        return Lowered(replace(result, history=program.history), kernels, refused), notes
+
+
+def check_artifact(program: Program, artifact: Artifact, backend: Backend, inputs: Flat) -> float:
+    """Relative error of the artifact against the reference program; too large is an error."""
+    error = relative_error(program.flat(inputs), artifact.run(inputs))
+    if not error <= max(backend.tolerance, 1e-12):
+        raise BackendError(
+            f"the {backend.name} artifact differs from the reference program by {error:.1e} "
+            f"(allowed {backend.tolerance:.0e}); compile with --backend reference, and report this"
+        )
+    return error
+
+
+def _keep(data: Batches) -> list[object]:
+    """Batches as a list, so that several passes can go over a generator."""
+    if isinstance(data, Tensor | Mapping):
+        raise BadInput("data is a sequence of batches; found one batch. Write data=[batch]")
+    batches = list(data)
+    if not batches:
+        raise BadInput("the calibration data is empty; expected at least one batch of inputs")
+    return batches
+
+
+def _flatten(program: Program, inputs: object, what: str) -> Flat:
+    args, kwargs = as_call(inputs)
+    try:
+        return program.io.flatten(args, kwargs)
+    except BadInput as error:
+        raise BadInput(f"{what}: {error}") from error

@@ -1,0 +1,92 @@
+"""Finding passes and backends by name: entry points, plus a table for a checkout not installed.
+
+A plug-in is a package with an entry point in `qcompiler.passes` or `qcompiler.backends`. One that
+fails to import is reported by name, and the others go on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from importlib.metadata import entry_points
+
+from qcompiler.backend import Backend
+from qcompiler.errors import BackendError, BadInput, unknown
+from qcompiler.passbase import Pass
+from qcompiler.spec import PassSpec, parse_pipeline
+
+BUILT_IN = {
+    "qcompiler.passes": {
+        "assign": "qcompiler.passes.assign:Assign",
+        "canonicalize": "qcompiler.passes.canonicalize:Canonicalize",
+        "fold": "qcompiler.passes.fold:Fold",
+        "quantize": "qcompiler.passes.quantize:Quantize",
+        "smooth": "qcompiler.passes.smooth:Smooth",
+    },
+    "qcompiler.backends": {
+        "cpu": "qcompiler.backends.cpu:CpuBackend",
+        "null": "qcompiler.backends.null:NullBackend",
+        "onnxruntime": "qcompiler.backends.onnxruntime:OnnxRuntimeBackend",
+        "reference": "qcompiler.backends.reference:ReferenceBackend",
+    },
+}
+
+
+@lru_cache(maxsize=2)
+def table(group: str) -> dict[str, str]:
+    """Name → `module:attribute`, ours and everybody's. Two providers of one name are an error."""
+    found = dict(BUILT_IN[group])
+    for point in entry_points(group=group):
+        if found.get(point.name, point.value) != point.value:
+            raise BadInput(
+                f"two providers of {group.split('.')[1]} {point.name!r}: {found[point.name]} and "
+                f"{point.value}; uninstall one of them"
+            )
+        found[point.name] = point.value
+    return found
+
+
+def get_pass(name: str) -> type[Pass]:
+    """The class of the pass called `name`."""
+    cls = _load("qcompiler.passes", "pass", name)
+    if not isinstance(cls, type) or not issubclass(cls, Pass):
+        raise BadInput(f"pass {name!r} is {cls!r}; expected a subclass of qcompiler.Pass")
+    return cls
+
+
+def get_backend(name: str) -> Backend:
+    """A new backend called `name`, ready to use here."""
+    cls = _load("qcompiler.backends", "backend", name)
+    if not isinstance(cls, type) or not issubclass(cls, Backend):
+        raise BadInput(f"backend {name!r} is {cls!r}; expected a subclass of qcompiler.Backend")
+    backend = cls()
+    if reason := backend.available():
+        raise BackendError(f"backend {name!r} cannot be used here: {reason}")
+    return backend
+
+
+def make_passes(passes: str | tuple[Pass | str | PassSpec, ...] | list[Pass]) -> tuple[Pass, ...]:
+    """Passes from text, or from a sequence of passes, names and specs."""
+    items = parse_pipeline(passes) if isinstance(passes, str) else passes
+    made: list[Pass] = []
+    for item in items:
+        if isinstance(item, Pass):
+            made.append(item)
+        elif isinstance(item, PassSpec):
+            made.append(get_pass(item.name).make(item.options))
+        else:
+            made += make_passes(item)
+    return tuple(made)
+
+
+def _load(group: str, what: str, name: str) -> object:
+    known = table(group)
+    if name not in known:
+        raise unknown(what, name, known)
+    module, _, attribute = known[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"{what} {name!r} ({known[name]}) fails to import: {error}") from error
+
+

@@ -1,0 +1,1 @@
+"""Viewers: they read a history and nothing else."""

@@ -1,0 +1,182 @@
+"""Saving and loading what `compile` made.
+
+::
+
+    OUT/qcompiler.json          manifest; names the content folder, replaced atomically
+    OUT/content-<digits>/       program.json  params.safetensors  history.json.gz
+                                backend/      what the artifact itself needs
+                                tokenizer/    from the source folder, if it had one
+
+New content is written beside the old and the manifest replaced last, in one atomic step: whatever
+happens before it, a full disk or a kill, the old artifact is still there and whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import secrets
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qcompiler.backend import Backend
+from qcompiler.capture import Source
+from qcompiler.codec import Json, decode_history, decode_program, encode_history, encode_program
+from qcompiler.compiled import Compiled, lower
+from qcompiler.errors import BadInput
+from qcompiler.program import Program, digest
+from qcompiler.registry import get_backend
+from qcompiler.version import __version__
+
+MANIFEST = "qcompiler.json"
+VERSION = 1
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "added_tokens.json",
+)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved artifact, read without building anything: enough to inspect and to compare."""
+
+    folder: Path
+    program: Program
+    backend: str
+    float_bytes: int
+    source: Source
+    content: Path
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer files, if the source had some."""
+        path = self.content / "tokenizer"
+        return path if path.is_dir() else None
+
+
+def save(compiled: Compiled, folder: Path) -> Path:
+    """Write `compiled` to `folder`; see the module docstring for what a failure leaves behind."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; expected a folder to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
+        raise BadInput(f"{folder} holds other files and no qcompiler artifact; choose another place")
+    made = not folder.exists()
+    content = folder / f"content-{secrets.token_hex(4)}"
+    try:
+        content.mkdir(parents=True)
+        _write_content(compiled, content)
+        _write_manifest(compiled, folder, content.name)
+    except BaseException as error:
+        shutil.rmtree(folder if made else content, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise BadInput(f"cannot write to {folder}: {error}; nothing was changed there") from error
+        raise
+    for old in folder.glob("content-*"):
+        if old != content:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    names = {p.name for p in folder.iterdir()}
+    return MANIFEST in names or all(n.startswith("content-") for n in names)
+
+
+def _write_content(compiled: Compiled, content: Path) -> None:
+    program = compiled.program
+    tensors = {name: t.contiguous() for name, t in program.params.items()}
+    save_file(tensors, content / "params.safetensors")
+    (content / "program.json").write_text(json.dumps(encode_program(program), indent=1))
+    with gzip.open(content / "history.json.gz", "wt", encoding="utf-8", compresslevel=5) as file:
+        json.dump(encode_history(program.history), file)
+    (content / "backend").mkdir()
+    compiled.artifact.save(content / "backend")
+    if compiled.source.kind == "folder":
+        _copy_tokenizer(Path(compiled.source.place), content / "tokenizer")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    found = [source / n for n in TOKENIZER_FILES if (source / n).is_file()]
+    if found:
+        target.mkdir()
+        for file in found:
+            shutil.copy(file, target)
+
+
+def _write_manifest(compiled: Compiled, folder: Path, content: str) -> None:
+    manifest = {
+        "format": VERSION,
+        "qcompiler": __version__,
+        "content": content,
+        "backend": compiled.backend.name,
+        "pipeline": ",".join(s.spec for s in compiled.history[1:]),
+        "bytes": compiled.bytes,
+        "float_bytes": compiled.float_bytes,
+        "source": asdict(compiled.source),
+        "notes": list(compiled.notes),
+    }
+    temporary = folder / f"{content}.json"
+    with temporary.open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+
+
+def read(folder: str | Path) -> Saved:
+    """Read a saved artifact without building it."""
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    content = folder / str(manifest["content"])
+    if content.parent != folder or not content.is_dir():
+        raise BadInput(f"{folder / MANIFEST} names {manifest['content']!r}, which is not there")
+    try:
+        params = load_file(content / "params.safetensors")
+        raw = json.loads((content / "program.json").read_text())
+        with gzip.open(content / "history.json.gz", "rt", encoding="utf-8") as file:
+            history = decode_history(json.load(file))
+        program = replace(decode_program(raw, params), history=history)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise BadInput(f"the artifact in {folder} is damaged: {error!r}; compile it again") from error
+    for name, text in history[-1].after.params.items():
+        if name not in params or digest(params[name]) != text.digest:
+            raise BadInput(f"parameter {name!r} in {folder} is damaged; compile it again")
+    return Saved(
+        folder, program, manifest["backend"], manifest["float_bytes"],
+        Source(**manifest["source"]), content, tuple(manifest["notes"]),
+    )
+
+
+def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:
+    """Load a saved artifact and make it run on this machine, on `backend` or the one it was for."""
+    saved = read(folder)
+    name = backend if backend is not None else saved.backend
+    target = get_backend(name) if isinstance(name, str) else name
+    lowered, notes = lower(saved.program, target, None, None)
+    same = target.name == saved.backend
+    artifact = (
+        target.load(lowered.program, saved.content / "backend") if same
+        else target.build(lowered.program)
+    )
+    return Compiled(
+        saved.program, artifact, target, saved.float_bytes, saved.source, lowered, notes
+    )
+
+
+def _read_manifest(folder: Path) -> Json:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise BadInput(f"{folder} is no qcompiler artifact: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise BadInput(f"{file} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != VERSION:
+        raise BadInput(f"{file} has another format than this qcompiler reads ({VERSION})")
+    return manifest
