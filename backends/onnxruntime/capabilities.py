@@ -11,9 +11,9 @@ INTEGER = "MatMulInteger"
 QDQ = "MatMulIntegerToFloat"
 NBITS = "MatMulNBits"
 TWO_NBITS = "2 MatMulNBits"
-DEQUANTIZED = "DequantizeLinear + MatMul"
+DEQUANTIZED = "float MatMul"
 CONV_QDQ = "QLinearConv"
-CONV = "DequantizeLinear + Conv"
+CONV = "float Conv"
 GATHER = "Gather"
 
 FLOAT32 = 1e-5
@@ -24,6 +24,7 @@ REQUANTIZED = 1e-2
 
 _REQUANTIZED = f"where a static format reads the output, maybe behind a Relu; else {CONV}"
 _ROUNDED = "float arithmetic; a quantized activation is rounded and goes on in float"
+_OPENED = "weights are dequantized when the file is opened"
 
 CAPABILITIES = (
     Capability(INTEGER, "linear", "*int[5-8]:[ct]*", "int?:token:dynamic", FLOAT32),
@@ -34,11 +35,11 @@ CAPABILITIES = (
     Capability(TWO_NBITS, "linear", "*int[5-8]:*", "*", FLOAT32, f"two planes of 4 bits; {_ROUNDED}"),
     Capability(
         DEQUANTIZED, "linear", "*int*", "*", FLOAT32,
-        "for groups that are no multiple of 16: the whole weight is dequantized at each run",
+        f"for groups that are no multiple of 16; {_OPENED}; {_ROUNDED}",
     ),
     Capability(CONV_QDQ, "conv", "*int[5-8]:*", "*int?:tensor", REQUANTIZED, _REQUANTIZED),
     Capability(CONV_QDQ, "conv", "*int[5-8]:*", "*int?:tensor:asym", REQUANTIZED, _REQUANTIZED),
-    Capability(CONV, "conv", "*int*", "*", FLOAT32, _ROUNDED),
+    Capability(CONV, "conv", "*int*", "*", FLOAT32, f"{_OPENED}; {_ROUNDED}"),
     Capability(GATHER, "embedding", "*int*", "*", FLOAT32, "only the rows that are read"),
 )
 

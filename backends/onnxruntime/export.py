@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import ml_dtypes
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
@@ -35,16 +36,22 @@ def to_onnx(program: Program) -> ir.Model:
         exported = _trace(rewriter, program)
         try:
             result = torch.onnx.export(
-                exported, dynamo=True, opset_version=OPSET, verbose=False,
+                exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                 dynamic_shapes=_dims(program.io, lambda name: name),
                 input_names=[port.name for port in program.io.tensors],
             )
         except Exception as error:  # whatever the exporter stumbles over, told with its node
             raise BackendError(_blame(exported.graph, error)) from error
     assert result is not None
-    _label(result.model, result.exported_program.graph)
-    _narrow(result.model, rewriter.nibbles)
     model = result.model
+    # Weights are in their final form; evaluating what reads them would write them out as floats.
+    stored = rewriter.tensors.keys() - program.slots.keys()
+    optimizer.optimize_ir(
+        model, should_fold=lambda n: False if any(v and v.name in stored for v in n.inputs) else None
+    )
+    _label(model, result.exported_program.graph)
+    _narrow(model, rewriter.nibbles)
+    _unshare_zeros(model)
     model.metadata_props[KERNELS] = json.dumps(rewriter.kernels)
     model.metadata_props[BYTES] = str(
         sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
@@ -135,6 +142,23 @@ def _label(model: ir.Model, traced: fx.Graph) -> None:
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+def _unshare_zeros(model: ir.Model) -> None:
+    """Give each kernel its own zero points. ONNX Runtime, when it turns int8 weights into uint8,
+    makes a new tensor for each reader and fails at the second, which has the same name."""
+    places = {"DequantizeLinear": 2, "MatMulInteger": 3}
+    for node in model.graph:
+        at = places.get(node.op_type, len(node.inputs))
+        zero = node.inputs[at] if at < len(node.inputs) else None
+        if zero is not None and zero.const_value is not None and len(zero.uses()) > 1:
+            name = f"{zero.name}:{node.name}"
+            copy = ir.Value(
+                name=name, type=zero.type, shape=zero.shape,
+                const_value=ir.tensor(zero.const_value.numpy(), name=name),
+            )
+            model.graph.register_initializer(copy)
+            node.replace_input_with(at, copy)
 
 
 def _narrow(model: ir.Model, nibbles: Mapping[str, bool]) -> None:

@@ -33,18 +33,15 @@ def quantize_linear(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int)
     return q if (low, high) == (0, 255) else q.clamp(low, high)
 
 
-def dequantize_linear(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, block: int) -> Tensor:
-    """(q - zero) * scale; `block` 0 is one scale for all, or one per index of `axis`."""
-    blocked = {"block_size": block} if block else {}
-    return _onnx(
-        "DequantizeLinear", (q, scale, zero), torch.float32, q.shape, axis=axis, **blocked
-    )
+def dequantize_linear(q: Tensor, scale: Tensor, zero: Tensor, axis: int = 0) -> Tensor:
+    """(q - zero) * scale in float32; one scale for all, or one for each index of `axis`."""
+    return _onnx("DequantizeLinear", (q, scale, zero), torch.float32, q.shape, axis=axis)
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
     """Fake quantization with a known scale, in the form (QDQ) that ONNX Runtime fuses."""
     q = quantize_linear(x, scale, zero, low, high)
-    return dequantize_linear(q, scale, zero, 0, 0)
+    return dequantize_linear(q, scale, zero)
 
 
 def dynamic_scale(x: Tensor, axes: Sequence[int], qmax: int) -> Tensor:
@@ -87,16 +84,11 @@ def integer_linear(
     return y if bias is None else y + bias
 
 
-def dequantized_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    block: int,
+def qdq_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """x @ dequantize(weight (K, N)) + bias; with a QDQ input ONNX Runtime makes it one kernel."""
-    w = dequantize_linear(weight, scale, zero, 0 if block else 1, block)
+    """x @ dequantize(weight (K, N)) + bias: one integer kernel if `x` is dequantized as well."""
+    w = dequantize_linear(weight, scale, zero, 1)
     # A matrix times a matrix, plus a bias, would become a Gemm, which has no such kernel.
     y = (x.unsqueeze(0) @ w).squeeze(0) if x.ndim == 2 else x @ w
     return y if bias is None else y + bias
@@ -144,9 +136,17 @@ def gather_rows(
         shifted = [torch.floor(q / 2**shift) for shift in range(0, 9, bits)]
         fields = [this - after * 2**bits for this, after in pairwise(shifted)]
         q = torch.stack(fields, -1).flatten(-2)[..., :width]
-    s = scale[ids]
-    z = None if zero is None else zero[ids].float()
+    z = torch.tensor(2 ** (bits - 1)) if zero is None else zero[ids]
+    return dequantize(q, scale[ids], z, group)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor | None) -> Tensor:
+    """(q - zero) * scale in plain operators; `group` as above, over the last axis.
+
+    For a stored weight these are constants, which ONNX Runtime evaluates when it opens the file.
+    """
     if group is not None:
-        s = s[..., group]
-        z = None if z is None else z[..., group]
-    return (q - (2 ** (bits - 1) if z is None else z)) * s
+        scale = scale[..., group]
+        zero = None if zero is None else zero[..., group]
+    q = q.float()
+    return (q if zero is None else q - zero.float()) * scale

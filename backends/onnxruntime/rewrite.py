@@ -7,6 +7,7 @@ more for the export, and every node keeps the id that it has in the program.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -72,12 +73,11 @@ class Rewriter:
         plain = found.kernel == names.CONV_QDQ and not _requantized(site.node)
         self.kernels[site.id] = names.CONV if plain else found.kernel
         makers: dict[str, Callable[[Site, Weight], None]] = {
-            names.INTEGER: self._integer, names.QDQ: self._dequantized,
-            names.NBITS: self._nbits, names.TWO_NBITS: self._nbits,
-            names.DEQUANTIZED: self._dequantized, names.GATHER: self._gather,
-            names.CONV: self._conv, names.CONV_QDQ: self._conv,
+            names.INTEGER: self._integer, names.QDQ: self._qdq, names.CONV_QDQ: self._qdq_conv,
+            names.NBITS: self._nbits, names.TWO_NBITS: self._nbits, names.GATHER: self._gather,
         }
-        makers[found.kernel](site, weight)
+        if make := makers.get(self.kernels[site.id]):
+            make(site, weight)
 
     def _weight(self, node: fx.Node) -> Weight | None:
         """The stored weight that `node` is, seen through the reshape of a convolution's kernel."""
@@ -101,18 +101,23 @@ class Rewriter:
                 kernels.quantize_tokens, source.args[0], self._constant("one", torch.tensor(1.0)),
                 self._middle(), _axes(fmt, source), fmt.qmax, like=source, before=source,
             )
-        data, scale, zero = self._affine(weight, transpose=True, explicit=False)
+        data, scale, zero = self._rows(weight, transpose=True)
         self._swap(
             site.node, kernels.integer_linear, self._tokens[source], data, scale, zero, site.bias,
             self._middle(),
         )
 
-    def _dequantized(self, site: Site, weight: Weight) -> None:
-        data, scale, zero = self._affine(weight, transpose=True)
-        self._swap(
-            site.node, kernels.dequantized_linear, site.x, data, scale, zero, site.bias,
-            _block(weight),
+    def _qdq(self, site: Site, weight: Weight) -> None:
+        data, scale, zero = self._rows(_with_zero(weight), transpose=True)
+        self._swap(site.node, kernels.qdq_linear, site.x, data, scale, zero, site.bias)
+
+    def _qdq_conv(self, site: Site, weight: Weight) -> None:
+        shape = tuple(site.weight.meta["val"].shape)
+        data, scale, zero = self._rows(_with_zero(weight), shape=shape)
+        new = self._call(
+            kernels.dequantize_linear, data, scale, zero, like=site.node, before=site.node
         )
+        site.node.update_arg(site.kind.weight, new)
 
     def _nbits(self, site: Site, weight: Weight) -> None:
         block = block_of(weight.format, weight.data.shape[1])
@@ -127,26 +132,14 @@ class Rewriter:
         bits = min(container(weight.format.bits), 4)
         self._swap(site.node, kernels.nbits_linear, site.x, stored, site.bias, bits, block)
 
-    def _conv(self, site: Site, weight: Weight) -> None:
-        if _block(weight):
-            return  # groups across a kernel's window: dequantized as rows, then reshaped
-        shape = tuple(site.weight.meta["val"].shape)
-        data, scale, zero = self._affine(weight, transpose=False, shape=shape)
-        new = self._call(
-            kernels.dequantize_linear, data, scale, zero, 0, 0, like=site.node, before=site.node
-        )
-        site.node.update_arg(site.kind.weight, new)
-
     def _gather(self, site: Site, weight: Weight) -> None:
         bits, width = container(weight.format.bits), weight.data.shape[1]
         fields, zero = unsigned(weight)
-        group = torch.arange(width) // weight.group if _block(weight) else None
         self._swap(
             site.node, kernels.gather_rows, site.node.args[1],
             self._constant(f"{weight.name}.table", pack_fields(fields, bits)),
             self._constant(f"{weight.name}.table_scale", weight.scale),
-            self._optional(f"{weight.name}.table_zero", zero),
-            self._optional(f"group_{width}_{weight.group}", group), width, bits,
+            self._optional(f"{weight.name}.table_zero", zero), self._group(weight), width, bits,
         )
 
     # --- what belongs to no site ---------------------------------------------------------------
@@ -174,42 +167,38 @@ class Rewriter:
     def _dequantize(self, node: fx.Node) -> None:
         weight = self._weight(node)
         assert weight is not None
-        data, scale, zero = self._affine(weight, transpose=False)
-        block = _block(weight)
-        self._swap(
-            node, kernels.dequantize_linear, data, scale, zero, 1 if block else 0, block
-        )
+        parts = {"data": weight.data, "scale": weight.scale, "zero": weight.zero}
+        data, scale, zero = [
+            self._optional(f"{weight.name}.{part}", t if t is None or part == "scale" else t.to(weight.dtype))
+            for part, t in parts.items()
+        ]
+        if weight.format.bits <= 4:
+            self.nibbles |= {n.name: weight.format.signed for n in (data, zero) if n is not None}
+        self._swap(node, kernels.dequantize, data, scale, zero, self._group(weight))
 
     # --- parts ---------------------------------------------------------------------------------
 
-    def _affine(
-        self,
-        weight: Weight,
-        transpose: bool,
-        shape: tuple[int, ...] | None = None,
-        explicit: bool = True,
+    def _rows(
+        self, weight: Weight, transpose: bool = False, shape: tuple[int, ...] | None = None
     ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        """Data (N, K), scale and zero point (N,) or (N, groups), as DequantizeLinear reads them.
+        """Data (N, K), or (K, N), or in `shape`; scale and zero point (N,)."""
+        data = weight.data.to(weight.dtype)
+        data = data.T.contiguous() if transpose else data.reshape(shape or data.shape)
+        zero = None if weight.zero is None else weight.zero[:, 0].to(weight.dtype).contiguous()
+        return (
+            self._constant(f"{weight.name}.rows", data),
+            self._constant(f"{weight.name}.row_scale", weight.scale[:, 0].contiguous()),
+            self._optional(f"{weight.name}.row_zero", zero),
+        )
 
-        Zeros are written out too (`explicit`): where ONNX Runtime turns int8 weights into uint8 it
-        would otherwise add a single zero point for many scales, and fail when it runs.
-        """
-        def lay(t: Tensor, suffix: str) -> fx.Node:
-            t = t.T if transpose and t.ndim == 2 else t
-            name = f"{weight.name}.{suffix}" + ("_t" if transpose else "")
-            return self._constant(name, t.contiguous())
-
-        def narrow(t: Tensor) -> Tensor:
-            return t if _block(weight) else t[:, 0]
-
-        data = lay(weight.data.to(weight.dtype).reshape(shape or weight.data.shape), "data")
-        scale = lay(narrow(weight.scale), "scale")
-        zeros = torch.zeros_like(weight.scale) if explicit else None
-        zeros = weight.zero if weight.zero is not None else zeros
-        zero = None if zeros is None else lay(narrow(zeros).to(weight.dtype), "zero")
-        if weight.format.bits <= 4:
-            self.nibbles |= {str(n.target): weight.format.signed for n in (data, zero) if n}
-        return data, scale, zero
+    def _group(self, weight: Weight) -> fx.Node | None:
+        """The number of each column's scale; None for one scale in a row."""
+        if weight.scale.shape[1] == 1:
+            return None
+        width = weight.data.shape[1]
+        return self._constant(
+            f"group_{width}_{weight.group}", torch.arange(width) // weight.group
+        )
 
     def _middle(self) -> fx.Node:
         return self._constant("zero_128", torch.tensor(128, dtype=torch.uint8))
@@ -269,9 +258,12 @@ def _format(node: fx.Node | None) -> QFormat | None:
     return QFormat.parse(str(node.args[1]))
 
 
-def _block(weight: Weight) -> int:
-    """Block size of a blocked DequantizeLinear; 0 for one scale per row."""
-    return 0 if weight.scale.shape[1] == 1 else weight.group
+def _with_zero(weight: Weight) -> Weight:
+    """Zero points written out where they are zeros: ONNX Runtime, when it turns int8 weights into
+    uint8, otherwise adds a single one for many scales and fails at the first run."""
+    if weight.zero is not None:
+        return weight
+    return replace(weight, zero=torch.zeros_like(weight.scale, dtype=torch.int16))
 
 
 def _axes(fmt: QFormat, node: fx.Node) -> tuple[int, ...]:

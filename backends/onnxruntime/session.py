@@ -33,8 +33,8 @@ def session_options(exact: bool) -> ort.SessionOptions:
     # The process has one budget of threads, and torch is where the user sets it.
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # Errors come as exceptions; warnings about graph rewrites mean nothing to a user.
-    options.log_severity_level = 3
+    # Errors come as exceptions, with the same text.
+    options.log_severity_level = 4
     # Without VNNI, uint8 × int8 kernels add pairs of products in 16 bits, which saturates. This
     # makes weights uint8, whose kernels are exact and slower: so only where it is needed.
     options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")

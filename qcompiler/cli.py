@@ -1,0 +1,457 @@
+"""The command line. Every table can be had as JSON; every error of the user's is one message."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import qcompiler
+from qcompiler import pipeline
+from qcompiler.capture import Source, open_model
+from qcompiler.compiled import Compiled
+from qcompiler.compiled import compile as compile_model
+from qcompiler.data import read_batches
+from qcompiler.diff import Diff, diff
+from qcompiler.errors import BadInput, QCompilerError
+from qcompiler.evaluate import compare, perplexity, race, sizes_for
+from qcompiler.formats import NAMED_BLOCKS
+from qcompiler.program import Program
+from qcompiler.recipe import DEFAULT, load_recipe, recipe_names
+from qcompiler.registry import get_backend, get_pass, make_passes, table
+from qcompiler.samples import random_inputs
+from qcompiler.show.account import Account
+from qcompiler.show.terminal import (
+    print_diff,
+    print_program,
+    print_spaces,
+    print_stat,
+    space_rows,
+    steps_table,
+)
+from qcompiler.spaces import find as find_spaces
+from qcompiler.store import MANIFEST, Saved, load, read
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True)
+as_json = click.option("--json", "json_", is_flag=True, help="Print JSON instead of tables.")
+
+
+class Commands(click.Group):
+    """Turns errors into one message and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except QCompilerError as error:
+            err.print(f"error: {error}", style="red", highlight=False, markup=False)
+            raise SystemExit(2) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(qcompiler.__version__)
+def main() -> None:
+    """Quantize neural networks by rewriting their graph, pass by checked pass."""
+    # transformers imports torchao, which tells the world about CUDA libraries that a CPU lacks.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@main.command("compile")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=Path, help="Folder to write.")
+@click.option("--recipe", help=f"Recipe name or TOML file.  [default: {DEFAULT}]")
+@click.option("--passes", help="A pipeline as text, instead of a recipe.")
+@click.option("--backend", default="cpu", show_default=True)
+@click.option("--data", type=Path, help="Calibration data: text, .npy or .safetensors.")
+@click.option("--batches", default=16, show_default=True, help="Batches of it to use.")
+@as_json
+def compile_(
+    model: str, output: Path, recipe: str | None, passes: str | None, backend: str,
+    data: Path | None, batches: int, json_: bool,
+) -> None:
+    """Compile MODEL (folder, .pt2, module:factory) and write it to a folder."""
+    if recipe and passes:
+        raise BadInput("give --recipe or --passes, not both")
+    pipeline_ = make_passes(passes) if passes else load_recipe(recipe or DEFAULT).passes()
+    get_backend(backend)  # a misspelt name fails before minutes of work
+    feed = None
+    if data is not None:
+        program, source, _ = open_model(model)
+        feed = read_batches(data, program.io, _tokenizer_of(source), batches)
+    with _progress(json_) as watch:
+        compiled = compile_model(model, passes=pipeline_, backend=backend, data=feed, watch=watch)
+    compiled.save(output)
+    if json_:
+        _print_json({
+            "steps": compiled.diff().rows()[1:],
+            "bytes": compiled.bytes,
+            "float_bytes": compiled.float_bytes,
+            "backend": compiled.backend.name,
+            "kernels": dict(compiled.kernels),
+            "refused": dict(compiled.refused),
+            "notes": list(compiled.notes),
+            "output": str(output),
+        })
+        return
+    out.print(steps_table(compiled.diff()))
+    _print_summary(compiled, output)
+
+
+def _print_summary(compiled: Compiled, output: Path) -> None:
+    ratio = compiled.float_bytes / max(compiled.bytes, 1)
+    out.print(
+        f"{compiled.float_bytes:,} → {compiled.bytes:,} bytes of weights ({ratio:.2f} × smaller)"
+    )
+    served: dict[str, int] = {}
+    for why in compiled.kernels.values():
+        kernel = why.partition(",")[0].partition(";")[0]
+        served[kernel] = served.get(kernel, 0) + 1
+    words = ", ".join(f"{kernel} on {n} sites" for kernel, n in served.items())
+    out.print(f"backend {compiled.backend.name}: {words or 'runs the program as it is'}")
+    for id, why in list(compiled.refused.items())[:5]:
+        out.print(f"  reference at {id}: {why}", markup=False)
+    out.print(f"written to {output}; look at it with: qcompiler diff {output} --stat")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--spaces", is_flag=True, help="What may be scaled with what, and what forbids it.")
+@as_json
+def inspect(model: str, spaces: bool, json_: bool) -> None:
+    """Show the program in MODEL, or in a compiled folder."""
+    program = _program(model)
+    if spaces:
+        canonical = program
+        if len(program.history) == 1:  # a fresh capture; the analysis reads the canonical form
+            passes = make_passes("canonicalize{optional=true}")
+            canonical = pipeline.run_pipeline(program, passes)
+        found = find_spaces(canonical)
+        if json_:
+            _print_json({"spaces": space_rows(found)})
+        else:
+            print_spaces(out, found)
+        return
+    if not json_:
+        print_program(out, program)
+        return
+    last = program.history[-1].after
+    _print_json({
+        "inputs": [str(p) for p in program.io.tensors],
+        "bytes": program.bytes,
+        "nodes": [{"id": id, "call": n.call, "shape": n.shape} for id, n in last.nodes.items()],
+        "parameters": {name: str(p) for name, p in last.params.items()},
+        "plan": {id: str(s) for id, s in program.plan.items()},
+    })
+
+
+@main.command("diff")
+@click.argument("first")
+@click.argument("second", required=False)
+@click.option("--stat", is_flag=True, help="Each step with its reasons.")
+@click.option("--show", "show_id", metavar="ID", help="What became of one node or parameter.")
+@click.option("--why", "why_id", metavar="ID", help="Why it was changed, or left alone.")
+@as_json
+def diff_(
+    first: str, second: str | None, stat: bool, show_id: str | None, why_id: str | None, json_: bool
+) -> None:
+    """Show what the passes did to OUT; compare OUT@1 with OUT@3, or two artifacts."""
+    account, at = _open_at(first)
+    if show_id or why_id:
+        rows = account.show(show_id) if show_id else account.why(str(why_id))
+        if json_:
+            _print_json([{"step": n, "pass": p, "text": t} for n, p, t in rows])
+        for number, name, text in [] if json_ else rows:
+            out.print(f"{number} {name}: {text}", highlight=False, markup=False)
+        if not rows and not json_:
+            out.print(f"no pass changed {show_id or why_id}, and none refused it")
+        return
+    if second is None and at is None:
+        if json_:
+            _print_json({"steps": [_stat_row(account, n) for n in range(len(account.steps))]})
+        elif stat:
+            print_stat(out, account)
+        else:
+            out.print(steps_table(account))
+        return
+    if second is None:
+        assert at is not None
+        change = account.between(max(at - 1, 0), at)
+    else:
+        other, other_at = _open_at(second)
+        last = len(other.steps) - 1
+        before = account.at(len(account.steps) - 1 if at is None else at)
+        change = diff(before, other.at(last if other_at is None else other_at))
+    if json_:
+        _print_json(_diff_row(change))
+    elif stat:
+        out.print(str(change))
+    else:
+        print_diff(out, change)
+
+
+def _stat_row(account: Account, number: int) -> dict[str, object]:
+    step = account.steps[number]
+    return {
+        **account.rows()[number],
+        "reasons": [{"why": e.why, "nodes": list(e.nodes)} for e in step.edits],
+        "refusals": [{"why": e.why, "nodes": list(e.nodes)} for e in step.skipped],
+        "sqnr_db": {k: v if math.isfinite(v) else None for k, v in step.nodes.items()},
+        "diff": _diff_row(step.diff),
+    }
+
+
+def _diff_row(change: Diff) -> dict[str, object]:
+    return {
+        "added": list(change.added), "removed": list(change.removed),
+        "rewired": list(change.rewired), "parameters": list(change.params),
+        "parameters_added": list(change.params_added),
+        "parameters_removed": list(change.params_removed), "precision": dict(change.precision),
+    }
+
+
+@main.command("eval")
+@click.argument("artifact", type=Path)
+@click.option("--data", required=True, type=Path, help="Text, .npy or .safetensors.")
+@click.option(
+    "--metric", type=click.Choice(["perplexity", "sqnr", "cosine"]), default="perplexity",
+    show_default=True,
+)
+@click.option("--batches", type=int, help="Use the first batches only.")
+@as_json
+def eval_(artifact: Path, data: Path, metric: str, batches: int | None, json_: bool) -> None:
+    """Measure a compiled folder beside the float model that it was made from."""
+    saved = read(artifact)
+    compiled = load(artifact)
+    reference = _float_program(saved)
+    tokenizer = saved.tokenizer or _tokenizer_of(saved.source)
+    raw = read_batches(data, saved.program.io, tokenizer, batches)
+    feed = [saved.program.io.flatten((), b) for b in raw]
+    with _bar("evaluating", 2 * len(feed), json_) as tick:
+        if metric == "perplexity":
+            result = {
+                "perplexity": perplexity(compiled.artifact.run, feed, tick),
+                "float_perplexity": perplexity(reference.flat, feed, tick),
+            }
+        else:
+            sqnr, cosine = compare(compiled.artifact.run, reference.flat, feed, tick)
+            result = {"sqnr": sqnr} if metric == "sqnr" else {"cosine": cosine}
+    if json_:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        out.print(f"{name.replace('_', ' ')}: {value:.4f}{' dB' if name == 'sqnr' else ''}")
+    if metric == "perplexity":
+        out.print(f"ratio: {result['perplexity'] / result['float_perplexity']:.4f}")
+
+
+@main.command()
+@click.argument("artifact", type=Path)
+@click.option("--against", type=click.Choice(["float"]), default="float", show_default=True)
+@click.option("--batch", default=1, show_default=True)
+@click.option("--sequence", default=64, show_default=True)
+@as_json
+def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) -> None:
+    """Time a compiled folder against the float program, in turn, on the same inputs."""
+    saved, compiled = read(artifact), load(artifact)
+    reference = _float_program(saved)
+    sizes = sizes_for(saved.program.io, batch, sequence)
+    inputs = random_inputs(saved.program.io, 0, sizes)
+    times = race({against: reference.flat, "quantized": compiled.artifact.run}, inputs)
+    result = {
+        "float_seconds": times[against], "seconds": times["quantized"],
+        "speedup": times[against] / times["quantized"], "sizes": sizes,
+        "bytes": compiled.bytes, "float_bytes": compiled.float_bytes,
+    }
+    if json_:
+        _print_json(result)
+        return
+    out.print(
+        f"{sizes or 'fixed sizes'}: float {times[against] * 1e3:.2f} ms, quantized "
+        f"{times['quantized'] * 1e3:.2f} ms: {result['speedup']:.2f} × float speed", markup=False
+    )
+
+
+@main.command("passes")
+@as_json
+def passes_(json_: bool) -> None:
+    """List all passes with their options."""
+    rows: list[dict[str, object]] = []
+    for name in sorted(table("qcompiler.passes")):
+        try:
+            cls = get_pass(name)
+        except BadInput as error:  # a broken plug-in is named, the others go on
+            rows.append({"name": name, "error": str(error)})
+            continue
+        about = (cls.__doc__ or "").strip().splitlines()[0]
+        options = {k: {"type": t, "default": d} for k, (t, d) in cls.options().items()}
+        rows.append(
+            {"name": name, "effect": cls.effect.value, "about": about, "options": options}
+        )
+    if json_:
+        return _print_json({"passes": rows})
+    shown = Table("pass", "effect", "what it does", "options")
+    for row in rows:
+        options = row.get("options", {})
+        assert isinstance(options, dict)
+        words = " ".join(f"{k}={v['default']}" for k, v in options.items())
+        shown.add_row(
+            str(row["name"]), str(row.get("effect", "")), str(row.get("about", row.get("error"))),
+            words,
+        )
+    return out.print(shown)
+
+
+@main.command()
+@as_json
+def recipes(json_: bool) -> None:
+    """List the recipes that ship with qcompiler."""
+    found = [load_recipe(name) for name in recipe_names()]
+    rows = [{"name": r.name, "about": r.about, "pipeline": str(r)} for r in found]
+    if json_:
+        return _print_json({"recipes": rows})
+    shown = Table("recipe", "what it does", "pipeline")
+    for row in rows:
+        shown.add_row(row["name"], row["about"], row["pipeline"])
+    return out.print(shown)
+
+
+@main.command()
+@as_json
+def formats(json_: bool) -> None:
+    """List element types and blocks; a format is written element:block[:asym][:dynamic]."""
+    elements = [f"{u}int{b}" for u in ("", "u") for b in range(2, 9)]
+    blocks = [*NAMED_BLOCKS, "groupN"]
+    examples = {
+        "int8:channel": "weights, one scale per output channel",
+        "int4:group128": "weights, one scale per 128 inputs of a channel",
+        "int8:token:dynamic": "activations, one scale per token, found as they come",
+        "int8:tensor": "activations, one calibrated scale",
+        "uint8:tensor:asym": "the same with a zero point",
+    }
+    if json_:
+        return _print_json({"elements": elements, "blocks": blocks, "examples": examples})
+    out.print(f"elements: {' '.join(elements)}\nblocks: {' '.join(blocks)}")
+    for text, what in examples.items():
+        out.print(f"  {text:20} {what}", markup=False)
+    return None
+
+
+@main.command()
+@as_json
+def backends(json_: bool) -> None:
+    """List the backends, whether they run here, and what their kernels serve."""
+    rows = []
+    for name in sorted(table("qcompiler.backends")):
+        try:
+            backend = get_backend(name)
+            kernels = [
+                {"kernel": c.kernel, "op": c.op, "weight": c.weight, "activation": c.activation,
+                 "tolerance": c.tolerance, "note": c.note}
+                for c in backend.capabilities
+            ]
+            rows.append({"name": name, "about": backend.summary, "kernels": kernels})
+        except QCompilerError as error:
+            rows.append({"name": name, "about": str(error), "kernels": []})
+    if json_:
+        return _print_json({"backends": rows})
+    shown = Table("backend", "what it is", "kernels")
+    for row in rows:
+        names = [f"{k['kernel']}: {k['op']} {k['weight']} × {k['activation']}" for k in row["kernels"]]  # type: ignore
+        shown.add_row(str(row["name"]), str(row["about"]), "\n".join(names))
+    return out.print(shown)
+
+
+# --- helpers -----------------------------------------------------------------------------------
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=1, default=_plain))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value)
+
+
+def _program(model: str) -> Program:
+    if (Path(model) / MANIFEST).is_file():
+        return read(model).program
+    return open_model(model)[0]
+
+
+def _open_at(text: str) -> tuple[Account, int | None]:
+    """`OUT` or `OUT@3` → its history, and the step."""
+    folder, mark, step = text.rpartition("@")
+    if not mark:
+        return Account(read(text).program.history), None
+    if not step.isdigit():
+        raise BadInput(f"{text!r}: a step is a number, as in {folder}@3")
+    account = Account(read(folder).program.history)
+    account.at(int(step))
+    return account, int(step)
+
+
+def _tokenizer_of(source: Source) -> Path | None:
+    return Path(source.place) if source.kind == "folder" else None
+
+
+def _float_program(saved: Saved) -> Program:
+    source = saved.source
+    if source.kind in ("module", "exported"):
+        raise BadInput(
+            f"{saved.folder} was compiled from an object in Python, so the float model cannot be "
+            "loaded again; compare in Python, or compile from a folder, a .pt2 or module:factory"
+        )
+    try:
+        return open_model(source.place)[0]
+    except BadInput as error:
+        raise BadInput(f"the float model of {saved.folder} is gone: {error}") from error
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[pipeline.Progress], None]]:
+    """A bar over the passes, on a terminal only."""
+    if quiet or not err.is_terminal:
+        yield lambda _: None
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("capturing", total=None)
+
+        def watch(p: pipeline.Progress) -> None:
+            batch = f", batch {p.batch}" if p.batch else ""
+            done = p.index + (p.doing == "done")
+            bar.update(task, description=f"{p.name}: {p.doing}{batch}", total=p.total, completed=done)
+
+        yield watch
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    """A bar with the time left, on a terminal only."""
+    if quiet or not err.is_terminal:
+        yield lambda: None
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

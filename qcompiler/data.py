@@ -1,0 +1,97 @@
+"""Calibration and evaluation data from files: text, `.npy`, `.safetensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompiler.errors import BadInput
+from qcompiler.io import Signature
+
+WINDOW = 256
+"""Tokens of one window of text, unless the model takes fewer."""
+BATCH = 8
+
+
+def read_batches(
+    path: Path, io: Signature, tokenizer: Path | None, limit: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Batches for a model with signature `io`, at most `limit` of them.
+
+    Text is cut in windows of equal length by the model's tokenizer; `.npy` holds one input with the
+    batch first; `.safetensors` one tensor per input name.
+    """
+    if not path.is_file():
+        raise BadInput(f"no data file at {path}")
+    if path.suffix == ".npy":
+        whole = {io.tensors[0].name: _read_numpy(path)}
+    elif path.suffix == ".safetensors":
+        whole = _read_safetensors(path, io)
+    else:
+        whole = {io.tensors[0].name: text_windows(path, io, tokenizer)}
+    rows = next(iter(whole.values())).shape[0]
+    if rows == 0:
+        raise BadInput(f"{path} holds no data; expected at least one row (or {WINDOW} tokens)")
+    for port in io.tensors:
+        if port.name not in whole and port.dtype is not None and not port.dtype.is_floating_point:
+            whole[port.name] = torch.ones_like(whole[io.tensors[0].name])  # a mask of nothing
+    step = BATCH if isinstance(io.tensors[0].shape[0], str) else int(io.tensors[0].shape[0])
+    batches = [{k: v[i : i + step] for k, v in whole.items()} for i in range(0, rows, step)]
+    return batches[:limit]
+
+
+def text_windows(path: Path, io: Signature, tokenizer: Path | None) -> Tensor:
+    """Token ids (windows, length) of a text file; the rest of the last window is left out."""
+    ids = list(_tokenize(path, tokenizer))
+    shape = io.tensors[0].shape
+    last = shape[1] if len(shape) > 1 else WINDOW
+    bound = io.dims.get(last, (1, None))[1] if isinstance(last, str) else last
+    length = min(WINDOW, bound) if bound else WINDOW
+    count = len(ids) // length
+    if count == 0:
+        raise BadInput(f"{path} has {len(ids)} tokens; expected at least {length}")
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def _tokenize(path: Path, tokenizer: Path | None) -> Iterator[int]:
+    file = tokenizer / "tokenizer.json" if tokenizer else None
+    if file is None or not file.is_file():
+        raise BadInput(
+            f"{path} is text, and the model has no tokenizer.json beside it; "
+            "give token ids as .npy or .safetensors"
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise BadInput("reading text needs tokenizers; pip install 'qcompiler[hf]'") from error
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no UTF-8 text: {error}") from error
+    yield from Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+
+
+def _read_numpy(path: Path) -> Tensor:
+    import numpy as np
+
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (ValueError, OSError, EOFError) as error:
+        raise BadInput(f"{path} is no .npy array: {error}") from error
+
+
+def _read_safetensors(path: Path, io: Signature) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is no safetensors file: {error}") from error
+    names = {p.name for p in io.tensors}
+    if set(found) - names:
+        raise BadInput(f"{path} holds {sorted(found)}; the model's inputs are {sorted(names)}")
+    return found

@@ -1,0 +1,108 @@
+"""Tables for a terminal. Width and colour are rich's business; what stands in them is ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+
+from qcompiler.diff import Diff
+from qcompiler.history import Step
+from qcompiler.program import Program, node_id, op_name
+from qcompiler.show.account import Account, error_text, reasons, refusals
+from qcompiler.sites import sites
+from qcompiler.spaces import Space
+
+MOST = 6
+"""Reasons shown per step before the rest is counted."""
+
+
+def steps_table(account: Account) -> Table:
+    """One row per pass: what it did and what it cost."""
+    table = Table(title="passes", title_justify="left")
+    for name in ("#", "pass", "effect", "changes", "skipped", "error", "seconds"):
+        table.add_column(name, justify="right" if name in ("#", "skipped", "seconds") else "left")
+    for number, step in enumerate(account.steps):
+        table.add_row(
+            str(number), step.spec, step.effect or "", str(step.diff),
+            str(len(step.skipped) or ""), error_text(step), f"{step.seconds:.2f}",
+        )
+    return table
+
+
+def print_stat(console: Console, account: Account) -> None:
+    """The table, then each step with its reasons, most frequent first."""
+    console.print(steps_table(account))
+    for number, step in enumerate(account.steps):
+        if step.edits or step.skipped or step.notes:
+            _print_step(console, number, step)
+
+
+def _print_step(console: Console, number: int, step: Step) -> None:
+    console.print(f"\n[bold]{number} {step.spec}[/bold]  {step.effect or ''}", highlight=False)
+    for counted, mark in ((reasons(step), " "), (refusals(step), "-")):
+        for count, text in counted[:MOST]:
+            times = f"{count:>4} × " if count > 1 else "       "
+            console.print(f" {mark}{times}{text}", highlight=False, markup=False)
+        if len(counted) > MOST:
+            console.print(f" {mark}       … and {len(counted) - MOST} other reasons", markup=False)
+    for note in step.notes:
+        console.print(f"  note: {note}", highlight=False, markup=False)
+
+
+def print_diff(console: Console, change: Diff) -> None:
+    """Every change by id, grouped by kind."""
+    console.print(str(change))
+    groups = {
+        "+": change.added, "-": change.removed, "~": change.rewired,
+        "p+": change.params_added, "p-": change.params_removed, "p~": change.params,
+    }
+    for mark, ids in groups.items():
+        for id in ids:
+            console.print(f"{mark:>3} {id}", highlight=False, markup=False)
+    for id, text in change.precision.items():
+        console.print(f"  q {id}: {text}", highlight=False, markup=False)
+
+
+def print_program(console: Console, program: Program) -> None:
+    """Operators, sites with their schemes, inputs and size."""
+    console.print(repr(program), markup=False)
+    for port in program.io.tensors:
+        console.print(f"input {port}", highlight=False, markup=False)
+    count = Counter(op_name(n.target) for n in program.graph.nodes if n.op == "call_function")
+    table = Table("operator", "count", title="operators", title_justify="left")
+    for name, n in count.most_common():
+        table.add_row(name, str(n))
+    console.print(table)
+    table = Table("site", "weight", "scheme", title="sites", title_justify="left")
+    for site in sites(program.graph.nodes):
+        shape = "×".join(str(s) for s in site.weight.meta["val"].shape)
+        table.add_row(site.id, shape, str(program.plan.get(site.id, "float")))
+    console.print(table)
+
+
+def print_spaces(console: Console, found: list[Space]) -> None:
+    """What may be scaled with what, and who forbids it elsewhere, in words."""
+    for row in space_rows(found):
+        console.print(
+            f"space {row['id']} ({row['kind']}, {row['size']} channels): "
+            f"written by {', '.join(row['producers']) or 'nobody'}; "  # type: ignore[arg-type]
+            f"read by {', '.join(row['consumers']) or 'nobody'}",  # type: ignore[arg-type]
+            highlight=False, markup=False,
+        )
+        for blocker in row["blocked_by"]:  # type: ignore[attr-defined]
+            console.print(f"    blocked at {blocker['node']}: {blocker['reason']}", markup=False)
+
+
+def space_rows(found: list[Space]) -> list[dict[str, object]]:
+    """Spaces as `--json` prints them."""
+    return [
+        {
+            "id": s.id, "size": s.size, "kind": "diagonal",
+            "producers": [node_id(m.node) for m in s.producers],
+            "consumers": [node_id(m.node) for m in s.consumers],
+            "blocked_by": [{"node": b.node, "reason": b.reason} for b in s.blocked_by],
+        }
+        for s in found
+    ]
