@@ -22,7 +22,8 @@ def steps_table(account: Account) -> Table:
     """One row per pass: what it did and what it cost."""
     table = Table(title="passes", title_justify="left")
     for name in ("#", "pass", "effect", "changes", "skipped", "error", "seconds"):
-        table.add_column(name, justify="right" if name in ("#", "skipped", "seconds") else "left")
+        right = name in ("#", "skipped", "seconds")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     for number, step in enumerate(account.steps):
         table.add_row(
             str(number), step.spec, step.effect or "", str(step.diff),
