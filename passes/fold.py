@@ -23,6 +23,9 @@ from qcompiler.program import node_id, op_name
 aten = torch.ops.aten
 
 VIEWS = {aten.unsqueeze.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
+LAYOUT = {aten.index_select.default, aten.constant_pad_nd.default, aten.to.dtype}
+"""How a scale is laid out along an axis: no news in a formula."""
+INFIX = {aten.mul.Tensor: "·", aten.div.Tensor: "/", aten.add.Tensor: "+", aten.sub.Tensor: "-"}
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """Largest relative output error that one rounding of every weight may cost, by storage type."""
 
@@ -55,14 +58,28 @@ class Fold(Pass):
         assert value is not None
         value = value.to(node.meta["val"].dtype).contiguous()
         leaf = _principal(node)
-        operators = ", ".join(op_name(n.target) for n in tree if n.op == "call_function")
-        edit.spend(f"{node_id(leaf)} becomes the value of {operators}", node, leaf)
+        edit.spend(f"{node_id(leaf)} = {_formula(node)}", node, leaf)
         if _only_reader(leaf, node):
             users = list(node.users)
             edit.set_param(leaf, value)
             edit.replace(node, leaf, only=users)
         else:
             edit.replace(node, edit.new_param(node_id(leaf), value, like=leaf))
+
+
+def _formula(node: fx.Node) -> str:
+    """`up_proj.weight / smooth.3 · smooth.4`: an expression in words, views left out."""
+    if node.op == "placeholder":
+        return node_id(node)
+    parts = [_formula(n) for n in node.all_input_nodes]
+    if node.target in VIEWS or node.target in LAYOUT:
+        return parts[0]
+    if node.target is aten.t.default:
+        return f"{parts[0]}ᵀ"
+    if node.target in INFIX and len(parts) == 2:
+        return f" {INFIX[node.target]} ".join(parts)
+    constants = [str(a) for a in node.args if isinstance(a, int | float)]
+    return f"{op_name(node.target)}({', '.join(parts + constants)})"
 
 
 def _principal(node: fx.Node) -> fx.Node:

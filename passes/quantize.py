@@ -20,6 +20,7 @@ from qcompiler.facts import Facts
 from qcompiler.formats import QFormat, pack, range_to_scale
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
+from qcompiler.program import Program
 from qcompiler.rounding import QUANTIZERS
 from qcompiler.sites import Site, sites
 
@@ -38,6 +39,11 @@ class Quantize(Pass):
     rounding: str = "nearest"
     budget: float = 1.0
     """Largest relative error of an output against the program before; 1 is as wrong as zero."""
+
+    def needs_for(self, program: Program) -> tuple[str, ...]:
+        """Only static activations need calibration."""
+        static = any(s.activation and not s.activation.dynamic for s in program.plan.values())
+        return self.needs if static else ()
 
     def tolerance(self, facts: Facts) -> float:
         return self.budget

@@ -33,9 +33,17 @@ class BackendError(QCompilerError):
     """A backend cannot build or run what it was given."""
 
 
+MOST = 20
+"""Names listed when none is near."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for a misspelt name: it offers the nearest one, or lists all."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
-    return BadInput(f"unknown {kind} {name!r}; {hint}")
+    near = near or [n for n in names if name and name in n]
+    if near:
+        return BadInput(f"unknown {kind} {name!r}; did you mean {near[0]!r}?")
+    listed = ", ".join(names[:MOST]) or "none"
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return BadInput(f"unknown {kind} {name!r}; known: {listed}{more}")

@@ -33,6 +33,7 @@ from qcompiler.spec import PassSpec, Value
 
 if TYPE_CHECKING:
     from qcompiler.facts import Facts
+    from qcompiler.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, edit: Edit, facts: Facts) -> None:
         """Edit the program. Raise `BadInput` for an option that does not fit this program."""
+
+    def needs_for(self, program: Program) -> tuple[str, ...]:
+        """The facts needed for this program: `needs`, or fewer where the plan asks for none."""
+        return self.needs
 
     def tolerance(self, facts: Facts) -> float:
         """Largest relative error that the effect's check accepts."""

@@ -111,9 +111,10 @@ def _run_pass(
 def _facts(
     program: Program, step: Pass, data: Data | None, tell: Callable[..., None]
 ) -> Facts:
-    if unknown := set(step.needs) - set(NEEDS):
+    needs = step.needs_for(program)
+    if unknown := set(needs) - set(NEEDS):
         raise PassError(f"pass {step.name!r} needs unknown facts {sorted(unknown)}; known: {NEEDS}")
-    if not step.needs:
+    if not needs:
         return Facts(program)
     batches = synthetic_data(program.io) if data is None else data()
     found = measure(program, batches, lambda n: tell("calibrating", n))

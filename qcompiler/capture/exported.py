@@ -109,8 +109,11 @@ def _drop_dead(graph: fx.Graph, inputs: set[str]) -> None:
 def _tag(node: fx.Node, slots: dict[str, str], counters: dict[str, int]) -> None:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     scope = str(stack[-1][0]) if stack else ""
+    if scope.startswith("_empty_nn_module_stack"):  # torch's own mark for "made by the exporter"
+        scope = ""
     if node.op == "placeholder":
-        Tag(slots.get(node.name, str(node.target))).put(node)
+        name = slots.get(node.name)
+        Tag(name or str(node.target), name.rpartition(".")[0] if name else "").put(node)
     elif node.op == "output":
         Tag("output").put(node)
     elif node.op == "call_function":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,5 +141,12 @@ def refusals(step: Step) -> list[tuple[int, str]]:
 
 
 def _count(texts: Sequence[str]) -> list[tuple[int, str]]:
-    counted = {t: texts.count(t) for t in dict.fromkeys(texts)}
-    return sorted(((n, t) for t, n in counted.items()), key=lambda x: -x[0])
+    """Equal reasons counted; those that differ by numbers alone (layers) are one, with `*`."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(re.sub(r"(?<=[.#])\d+", "*", text), []).append(text)
+    found = [
+        (len(group), group[0] if len(set(group)) == 1 else template)
+        for template, group in groups.items()
+    ]
+    return sorted(found, key=lambda x: -x[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,7 @@ from qcompiler.history import Step
 from qcompiler.program import Program, node_id, op_name
 from qcompiler.show.account import Account, error_text, reasons, refusals
 from qcompiler.sites import sites
-from qcompiler.spaces import Space
+from qcompiler.spaces import Member, Space
 
 MOST = 6
 """Reasons shown per step before the rest is counted."""
@@ -85,15 +86,19 @@ def print_program(console: Console, program: Program) -> None:
 
 def print_spaces(console: Console, found: list[Space]) -> None:
     """What may be scaled with what, and who forbids it elsewhere, in words."""
-    for row in space_rows(found):
+    for space, row in zip(found, space_rows(found), strict=True):
+        written, read = (", ".join(_ids(m)) or "nobody" for m in (space.producers, space.consumers))
         console.print(
-            f"space {row['id']} ({row['kind']}, {row['size']} channels): "
-            f"written by {', '.join(row['producers']) or 'nobody'}; "  # type: ignore[arg-type]
-            f"read by {', '.join(row['consumers']) or 'nobody'}",  # type: ignore[arg-type]
+            f"space {row['id']} ({row['kind']}, {space.size} channels): written by {written}; "
+            f"read by {read}",
             highlight=False, markup=False,
         )
-        for blocker in row["blocked_by"]:  # type: ignore[attr-defined]
-            console.print(f"    blocked at {blocker['node']}: {blocker['reason']}", markup=False)
+        for blocker in space.blocked_by[:MOST]:
+            console.print(
+                f"    blocked at {blocker.node}: {blocker.reason}", highlight=False, markup=False
+            )
+        if len(space.blocked_by) > MOST:
+            console.print(f"    … and at {len(space.blocked_by) - MOST} other nodes")
 
 
 def space_rows(found: list[Space]) -> list[dict[str, object]]:
@@ -101,9 +106,13 @@ def space_rows(found: list[Space]) -> list[dict[str, object]]:
     return [
         {
             "id": s.id, "size": s.size, "kind": "diagonal",
-            "producers": [node_id(m.node) for m in s.producers],
-            "consumers": [node_id(m.node) for m in s.consumers],
+            "producers": _ids(s.producers), "consumers": _ids(s.consumers),
             "blocked_by": [{"node": b.node, "reason": b.reason} for b in s.blocked_by],
         }
         for s in found
     ]
+
+
+def _ids(members: Sequence[Member]) -> list[str]:
+    """Names of the parameters, each once: one may take part with two of its axes."""
+    return list(dict.fromkeys(node_id(m.node) for m in members))
