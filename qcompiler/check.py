@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from qcompiler.diff import Diff
 from qcompiler.history import Effect
 from qcompiler.program import Program
-from qcompiler.run import evaluate, evaluate_wide, watch_ids
+from qcompiler.run import evaluate_wide, watch_ids
 from qcompiler.samples import Flat
 
 
@@ -39,7 +39,7 @@ class Checker:
     def __init__(self, capture: Program, inputs: list[Flat]) -> None:
         self._capture = capture
         self._inputs = inputs
-        self._cache: dict[tuple[int, bool], tuple[Program, list[tuple[object, ...]]]] = {}
+        self._cache: dict[tuple[int, torch.dtype], tuple[Program, list[tuple[object, ...]]]] = {}
 
     def check(
         self, effect: Effect, before: Program, after: Program, change: Diff, touched: Collection[str]
@@ -48,28 +48,29 @@ class Checker:
         if effect is Effect.PLAN:
             return Verdict(error=math.inf if change.graph_changed else 0.0)
         if effect is Effect.LOWER:
-            return Verdict(self._error(before, after, wide=False))
-        error = self._error(before, after, wide=True)
+            # In float32, so that a bfloat16 program's own rounding does not hide a kernel's error.
+            return Verdict(self._error(before, after, torch.float32))
+        error = self._error(before, after, torch.float64)
         if effect is Effect.EXACT:
             return Verdict(error)
-        capture_error = self._error(self._capture, after, wide=True)
+        capture_error = self._error(self._capture, after, torch.float64)
         metrics = {
             "sqnr_db": sqnr_db(error), "capture_error": capture_error,
             "capture_sqnr_db": sqnr_db(capture_error),
         }
         return Verdict(error, metrics, self._touched(before, after, touched))
 
-    def _error(self, before: Program, after: Program, wide: bool) -> float:
-        pairs = zip(self._outputs(before, wide), self._outputs(after, wide), strict=True)
+    def _error(self, before: Program, after: Program, dtype: torch.dtype) -> float:
+        pairs = zip(self._outputs(before, dtype), self._outputs(after, dtype), strict=True)
         return max((relative_error(a, b) for a, b in pairs), default=0.0)
 
-    def _outputs(self, program: Program, wide: bool) -> list[tuple[object, ...]]:
-        key = (id(program), wide)
+    def _outputs(self, program: Program, dtype: torch.dtype) -> list[tuple[object, ...]]:
+        key = (id(program), dtype)
         if key not in self._cache:
             keep = [v for v in self._cache.items() if v[1][0] is self._capture]
             self._cache = dict([*keep, *list(self._cache.items())[-2:]])
-            run = evaluate_wide if wide else evaluate
-            self._cache[key] = (program, [run(program, x) for x in self._inputs])
+            outputs = [evaluate_wide(program, x, dtype=dtype) for x in self._inputs]
+            self._cache[key] = (program, outputs)
         return self._cache[key][1]
 
     def _touched(

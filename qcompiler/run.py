@@ -23,23 +23,33 @@ def evaluate(program: Program, inputs: tuple[object, ...], watch: Watch | None =
 
 
 def evaluate_wide(
-    program: Program, inputs: tuple[object, ...], watch: Watch | None = None
+    program: Program,
+    inputs: tuple[object, ...],
+    watch: Watch | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[object, ...]:
-    """Like `evaluate`, with all floating point arithmetic in float64, internal casts widened too.
+    """Like `evaluate`, with all narrower floating point arithmetic in `dtype`, casts included.
 
     Parameters are widened when they are read and dropped again, so that the extra memory is one
     weight, whatever the size of the model.
     """
-    return _interpret(program, tuple(widen(x) for x in inputs), _call_wide, watch)
+    def call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        return _call_wide(node, args, kwargs, dtype)
+
+    return _interpret(program, tuple(widen(x, dtype) for x in inputs), call, watch)
 
 
-def widen(value: object) -> object:
-    """Floating point tensors and types to float64; everything else as it is."""
+def widen(value: object, dtype: torch.dtype = torch.float64) -> object:
+    """Floating point tensors and types that are narrower to `dtype`; everything else as it is."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.to(dtype) if _narrower(value.dtype, dtype) else value
     if isinstance(value, torch.dtype):
-        return torch.float64 if value.is_floating_point else value
+        return dtype if _narrower(value, dtype) else value
     return value
+
+
+def _narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize < than.itemsize
 
 
 def param_value(program: Program, node: fx.Node) -> Tensor | None:
@@ -61,9 +71,15 @@ def _call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) ->
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _call_wide(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-    args, kwargs = pytree.tree_map(widen, (args, kwargs))
-    return pytree.tree_map(widen, node.target(*args, **kwargs))  # type: ignore[operator]
+def _call_wide(
+    node: fx.Node,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    dtype: torch.dtype = torch.float64,
+) -> object:
+    args, kwargs = pytree.tree_map(lambda v: widen(v, dtype), (args, kwargs))
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    return pytree.tree_map(lambda v: widen(v, dtype), result)
 
 
 def _interpret(

@@ -65,6 +65,7 @@ def linear_packed4(
     `weight` is torch's packing for this CPU, `scales` (in / group, out, 2) bfloat16, `width` = out.
     """
     rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    scales = scales.to(torch.bfloat16)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, scales).float()
     return _finish(y, x, bias)
 

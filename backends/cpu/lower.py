@@ -23,6 +23,8 @@ from qcompiler.sites import Site, sites
 
 aten = torch.ops.aten
 qc = torch.ops.qc
+HALF = 3e-2
+"""Relative error of a program whose `float` weights are held in a 16-bit type."""
 OPERATORS = {
     "int8": torch.ops.qc_cpu.linear_int8.default,
     "packed8": torch.ops.qc_cpu.linear_packed8.default,
@@ -41,7 +43,9 @@ class LowerLinear(Pass):
     exclude: tuple[str, ...] = ()
 
     def tolerance(self, facts: Facts) -> float:
-        return KERNELS[self.kernel].capability.tolerance
+        tolerance = KERNELS[self.kernel].capability.tolerance
+        rounded = self.kernel == "float" and facts.program.dtype.itemsize < 4
+        return max(tolerance, HALF) if rounded else tolerance
 
     def run(self, edit: Edit, facts: Facts) -> None:
         plan = edit.plan
