@@ -8,7 +8,7 @@
 from qcompiler import ops as _ops  # registers the qc:: operators
 from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.capture import capture
-from qcompiler.compiled import Compiled, compile
+from qcompiler.compiled import Compiled, compile, load
 from qcompiler.edit import Edit
 from qcompiler.errors import BackendError, BadInput, PassError, QCompilerError
 from qcompiler.facts import Facts
@@ -18,7 +18,6 @@ from qcompiler.passbase import Pass
 from qcompiler.program import Program, Tag
 from qcompiler.recipe import load_recipe
 from qcompiler.spaces import find as spaces
-from qcompiler.store import load
 from qcompiler.version import __version__
 
 del _ops

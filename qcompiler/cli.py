@@ -18,7 +18,7 @@ from rich.table import Table
 import qcompiler
 from qcompiler import pipeline
 from qcompiler.capture import Source, open_model
-from qcompiler.compiled import Compiled
+from qcompiler.compiled import Compiled, load
 from qcompiler.compiled import compile as compile_model
 from qcompiler.data import read_batches
 from qcompiler.diff import Diff, diff
@@ -39,7 +39,7 @@ from qcompiler.show.terminal import (
     steps_table,
 )
 from qcompiler.spaces import find as find_spaces
-from qcompiler.store import MANIFEST, Saved, load, read
+from qcompiler.store import MANIFEST, Saved, read
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True)
@@ -233,7 +233,7 @@ def eval_(artifact: Path, data: Path, metric: str, batches: int | None, json_: b
     saved = read(artifact)
     compiled = load(artifact)
     reference = _float_program(saved)
-    tokenizer = saved.tokenizer or _tokenizer_of(saved.source)
+    tokenizer = saved.tokenizer or _tokenizer_of(saved.about.source)
     raw = read_batches(data, saved.program.io, tokenizer, batches)
     feed = [saved.program.io.flatten((), b) for b in raw]
     with _bar("evaluating", 2 * len(feed), json_) as tick:
@@ -301,9 +301,9 @@ def passes_(json_: bool) -> None:
         return _print_json({"passes": rows})
     shown = Table("pass", "effect", "what it does", "options")
     for row in rows:
-        options = row.get("options", {})
-        assert isinstance(options, dict)
-        words = " ".join(f"{k}={v['default']}" for k, v in options.items())
+        listed = row.get("options", {})
+        assert isinstance(listed, dict)
+        words = " ".join(f"{k}={v['default']}" for k, v in listed.items())
         shown.add_row(
             str(row["name"]), str(row.get("effect", "")), str(row.get("about", row.get("error"))),
             words,
@@ -407,7 +407,7 @@ def _tokenizer_of(source: Source) -> Path | None:
 
 
 def _float_program(saved: Saved) -> Program:
-    source = saved.source
+    source = saved.about.source
     if source.kind in ("module", "exported"):
         raise BadInput(
             f"{saved.folder} was compiled from an object in Python, so the float model cannot be "

@@ -234,7 +234,7 @@ def _fake_input(port: Port, sizes: Mapping[str, int], mode: FakeTensorMode) -> o
     shape = [sizes[d] if isinstance(d, str) else d for d in port.shape]
     dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in port.shape]
     example = torch.empty(shape, dtype=port.dtype)
-    context = StatelessSymbolicContext(dynamic_sizes=dynamic)  # type: ignore[arg-type]
+    context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=dynamic)  # type: ignore
     return mode.from_tensor(example, symbolic_context=context)
 
 

@@ -22,6 +22,7 @@ from qcompiler.recipe import DEFAULT, Recipe, load_recipe
 from qcompiler.registry import get_backend, make_passes
 from qcompiler.samples import Flat, check_inputs
 from qcompiler.show.account import Account
+from qcompiler.store import About, read, save
 
 Batches = Iterable[object]
 """Calibration batches: each a tensor, a tuple of inputs, or a mapping of inputs."""
@@ -73,9 +74,8 @@ class Compiled:
 
     def save(self, directory: str | Path) -> Path:
         """Write everything to `directory`; an artifact that is there already survives a failure."""
-        from qcompiler.store import save
-
-        return save(self, Path(directory))
+        about = About(self.backend.name, self.float_bytes, self.source, self.notes)
+        return save(self.program, self.artifact, about, Path(directory))
 
 
 def compile(
@@ -112,6 +112,23 @@ def compile(
         feed = lambda: iter(ready)  # noqa: E731 (a name for a two-word function)
     quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch)
     return finish(quantized, target, program.bytes, source, flat, watch)
+
+
+def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:
+    """Load a saved artifact and make it run on this machine, on `backend` or the one it was for."""
+    saved = read(folder)
+    name = backend if backend is not None else saved.about.backend
+    target = get_backend(name) if isinstance(name, str) else name
+    lowered, notes = lower(saved.program, target, None, None)
+    same = target.name == saved.about.backend
+    artifact = (
+        target.load(lowered.program, saved.content / "backend") if same
+        else target.build(lowered.program)
+    )
+    about = saved.about
+    return Compiled(
+        saved.program, artifact, target, about.float_bytes, about.source, lowered, notes
+    )
 
 
 def finish(

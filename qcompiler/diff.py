@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from qcompiler.program import Program, node_id, op_name, digest
+from qcompiler.program import Program, digest, node_id, op_name
 
 
 @dataclass(frozen=True)

@@ -284,5 +284,10 @@ def fake_call(node: fx.Node, mode: FakeTensorMode | None) -> object:
 
 def _inputs(args: object, kwargs: object) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg((args, kwargs), lambda n: found.append(n) or n)
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg((args, kwargs), note)
     return found

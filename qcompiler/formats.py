@@ -63,11 +63,11 @@ class QFormat:
     def qmin(self) -> int:
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(1 << (self.bits - 1)) + (1 if self.symmetric else 0)
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     def __str__(self) -> str:
         """`int4:group128`, `int8:token:dynamic`, `uint8:tensor:asym`: text that parses back."""
@@ -227,7 +227,8 @@ def _reduce(x: Tensor, axis: int, blocks: int, how: str) -> Tensor:
         return getattr(x, how)(axis, keepdim=True)  # type: ignore[no-any-return]
     block = -(-size // blocks)
     index = torch.arange(blocks * block, device=x.device).clamp_(max=size - 1)
-    grouped = x.index_select(axis, index).unflatten(axis, (blocks, block))
+    shape = (*x.shape[:axis], blocks, block, *x.shape[axis + 1 :])
+    grouped = x.index_select(axis, index).reshape(shape)
     return getattr(grouped, how)(axis + 1)  # type: ignore[no-any-return]
 
 
@@ -243,7 +244,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
     if missing:
         stream = torch.nn.functional.pad(stream, (0, missing))
     weights = 1 << torch.arange(8, dtype=torch.int32, device=q.device)
-    return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
+    octets = stream.reshape(*stream.shape[:-1], -1, 8)
+    return (octets * weights).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor:
@@ -252,7 +254,7 @@ def unpack(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor:
         return (packed.view(torch.int8) if signed else packed).to(torch.int16)
     shifts = torch.arange(8, dtype=torch.int16, device=packed.device)
     stream = ((packed.to(torch.int16).unsqueeze(-1) >> shifts) & 1).flatten(-2)
-    stream = stream[..., : width * bits].unflatten(-1, (width, bits))
+    stream = stream[..., : width * bits].reshape(*stream.shape[:-1], width, bits)
     q = (stream << torch.arange(bits, dtype=torch.int16, device=packed.device)).sum(-1)
     if signed:
         q = torch.where(q >= 2 ** (bits - 1), q - 2**bits, q)

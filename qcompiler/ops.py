@@ -68,23 +68,24 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     return x * cos + turned * sin
 
 
-_library.impl("fake_quantize", fake_quantize, "CompositeExplicitAutograd")
-_library.impl("dequantize", dequantize_packed, "CompositeExplicitAutograd")
-_library.impl("rope", rope, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("qc::fake_quantize", lib=_library)
-def _(x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+def _fake_quantize_shape(x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qc::dequantize", lib=_library)
-def _(
+def _dequantize_shape(
     data: Tensor, scale: Tensor, zero: Tensor | None, format: str, width: int, dtype: torch.dtype
 ) -> Tensor:
     return data.new_empty((*data.shape[:-1], width), dtype=dtype)
 
 
-@torch.library.register_fake("qc::rope", lib=_library)
-def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def _rope_shape(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     return x * cos + x * sin
+
+
+for _name, _run, _shape in (
+    ("fake_quantize", fake_quantize, _fake_quantize_shape),
+    ("dequantize", dequantize_packed, _dequantize_shape),
+    ("rope", rope, _rope_shape),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qc::{_name}", _shape, lib=_library)

@@ -96,7 +96,7 @@ class Pass(ABC):
                 raise BadInput(
                     f"pass {cls.name!r}: option {key} is {_type_name(hints[key])}; found {value!r}"
                 )
-        return cls(**options)
+        return cls(**options)  # type: ignore[arg-type]  # checked just above
 
 
 def _members(hint: object) -> tuple[object, ...]:
@@ -128,5 +128,6 @@ def _type_name(hint: object) -> str:
         elif typing.get_origin(member) is tuple:
             names.append(f"list of {_type_name(typing.get_args(member)[0])}")
         else:
-            names.append({type(None): "nothing"}.get(member, getattr(member, "__name__", str(member))))
+            nothing = member is type(None)
+            names.append("nothing" if nothing else getattr(member, "__name__", str(member)))
     return " or ".join(names)

@@ -30,7 +30,7 @@ class SiteKind:
     """Axis of x that is contracted with the weight's axis 1."""
 
 
-KINDS = {
+KINDS: dict[object, SiteKind] = {
     aten.linear.default: SiteKind("linear", 0, 1, 2, -1),
     aten.conv1d.default: SiteKind("conv", 0, 1, 2, 1),
     aten.conv2d.default: SiteKind("conv", 0, 1, 2, 1),
@@ -70,7 +70,7 @@ class Site:
 
 def site_of(node: fx.Node) -> Site | None:
     """The site that `node` is, or None."""
-    kind = KINDS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    kind = KINDS.get(node.target) if node.op == "call_function" else None
     if kind is None or not isinstance(node.args[kind.weight], fx.Node):
         return None
     return Site(node, kind)

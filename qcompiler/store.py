@@ -24,13 +24,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qcompiler.backend import Backend
+from qcompiler.backend import Artifact
 from qcompiler.capture import Source
 from qcompiler.codec import Json, decode_history, decode_program, encode_history, encode_program
-from qcompiler.compiled import Compiled, lower
 from qcompiler.errors import BadInput
 from qcompiler.program import Program, digest
-from qcompiler.registry import get_backend
 from qcompiler.version import __version__
 
 MANIFEST = "qcompiler.json"
@@ -42,16 +40,24 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
+class About:
+    """What is worth knowing of a compilation beside the program itself."""
+
+    backend: str
+    float_bytes: int
+    """Bytes of the parameters at capture."""
+    source: Source
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Saved:
     """A saved artifact, read without building anything: enough to inspect and to compare."""
 
     folder: Path
     program: Program
-    backend: str
-    float_bytes: int
-    source: Source
+    about: About
     content: Path
-    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> Path | None:
@@ -60,8 +66,8 @@ class Saved:
         return path if path.is_dir() else None
 
 
-def save(compiled: Compiled, folder: Path) -> Path:
-    """Write `compiled` to `folder`; see the module docstring for what a failure leaves behind."""
+def save(program: Program, artifact: Artifact, about: About, folder: Path) -> Path:
+    """Write a compilation to `folder`; the module docstring says what a failure leaves behind."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; expected a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
@@ -70,8 +76,8 @@ def save(compiled: Compiled, folder: Path) -> Path:
     content = folder / f"content-{secrets.token_hex(4)}"
     try:
         content.mkdir(parents=True)
-        _write_content(compiled, content)
-        _write_manifest(compiled, folder, content.name)
+        _write_content(program, artifact, about, content)
+        _write_manifest(program, about, folder, content.name)
     except BaseException as error:
         shutil.rmtree(folder if made else content, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
@@ -88,17 +94,16 @@ def _is_ours(folder: Path) -> bool:
     return MANIFEST in names or all(n.startswith("content-") for n in names)
 
 
-def _write_content(compiled: Compiled, content: Path) -> None:
-    program = compiled.program
+def _write_content(program: Program, artifact: Artifact, about: About, content: Path) -> None:
     tensors = {name: t.contiguous() for name, t in program.params.items()}
     save_file(tensors, content / "params.safetensors")
     (content / "program.json").write_text(json.dumps(encode_program(program), indent=1))
     with gzip.open(content / "history.json.gz", "wt", encoding="utf-8", compresslevel=5) as file:
         json.dump(encode_history(program.history), file)
     (content / "backend").mkdir()
-    compiled.artifact.save(content / "backend")
-    if compiled.source.kind == "folder":
-        _copy_tokenizer(Path(compiled.source.place), content / "tokenizer")
+    artifact.save(content / "backend")
+    if about.source.kind == "folder":
+        _copy_tokenizer(Path(about.source.place), content / "tokenizer")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -109,17 +114,14 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _write_manifest(compiled: Compiled, folder: Path, content: str) -> None:
+def _write_manifest(program: Program, about: About, folder: Path, content: str) -> None:
     manifest = {
         "format": VERSION,
         "qcompiler": __version__,
         "content": content,
-        "backend": compiled.backend.name,
-        "pipeline": ",".join(s.spec for s in compiled.history[1:]),
-        "bytes": compiled.bytes,
-        "float_bytes": compiled.float_bytes,
-        "source": asdict(compiled.source),
-        "notes": list(compiled.notes),
+        "pipeline": ",".join(step.spec for step in program.history[1:]),
+        "bytes": program.bytes,
+        **asdict(about),
     }
     temporary = folder / f"{content}.json"
     with temporary.open("w") as file:
@@ -147,26 +149,11 @@ def read(folder: str | Path) -> Saved:
     for name, text in history[-1].after.params.items():
         if name not in params or digest(params[name]) != text.digest:
             raise BadInput(f"parameter {name!r} in {folder} is damaged; compile it again")
-    return Saved(
-        folder, program, manifest["backend"], manifest["float_bytes"],
-        Source(**manifest["source"]), content, tuple(manifest["notes"]),
+    about = About(
+        manifest["backend"], manifest["float_bytes"], Source(**manifest["source"]),
+        tuple(manifest["notes"]),
     )
-
-
-def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:
-    """Load a saved artifact and make it run on this machine, on `backend` or the one it was for."""
-    saved = read(folder)
-    name = backend if backend is not None else saved.backend
-    target = get_backend(name) if isinstance(name, str) else name
-    lowered, notes = lower(saved.program, target, None, None)
-    same = target.name == saved.backend
-    artifact = (
-        target.load(lowered.program, saved.content / "backend") if same
-        else target.build(lowered.program)
-    )
-    return Compiled(
-        saved.program, artifact, target, saved.float_bytes, saved.source, lowered, notes
-    )
+    return Saved(folder, program, about, content)
 
 
 def _read_manifest(folder: Path) -> Json:

@@ -76,28 +76,29 @@ def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-_library.impl("linear_int8", linear_int8, "CPU")
-_library.impl("linear_packed8", linear_packed8, "CPU")
-_library.impl("linear_packed4", linear_packed4, "CPU")
-
-
-@torch.library.register_fake("qc_cpu::linear_int8", lib=_library)
-def _(
+def _linear_int8_shape(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, x_scale: Tensor | None
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("qc_cpu::linear_packed8", lib=_library)
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_packed8_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("qc_cpu::linear_packed4", lib=_library)
-def _(
+def _linear_packed4_shape(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, width: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
+
+
+for _name, _run, _shape in (
+    ("linear_int8", linear_int8, _linear_int8_shape),
+    ("linear_packed8", linear_packed8, _linear_packed8_shape),
+    ("linear_packed4", linear_packed4, _linear_packed4_shape),
+):
+    _library.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"qc_cpu::{_name}", _shape, lib=_library)
 
 
 Prepared = dict[str, Tensor]
@@ -212,10 +213,10 @@ def self_test(name: str) -> str | None:
             except RuntimeError as error:  # torch built without this kernel
                 return f"torch {torch.__version__} cannot run it here: {str(error).splitlines()[0]}"
             want = x.double() @ q.dequantize(torch.float64).t()
-            error = float((y.double() - want).norm() / want.norm())
-            if not error <= (1e-5 if exact else 1e-2):
+            off = float((y.double() - want).norm() / want.norm())
+            if not off <= (1e-5 if exact else 1e-2):
                 return (
-                    f"on this CPU its sums are off by {error:.1%} with weights at ±{fmt.qmax} "
+                    f"on this CPU its sums are off by {off:.1%} with weights at ±{fmt.qmax} "
                     "(16-bit partial sums saturate without VNNI)"
                 )
     return None

@@ -73,8 +73,8 @@ def open_model(
     if path.is_dir():
         from qcompiler.capture.folder import load_folder
 
-        module, example = load_folder(path)
-        example = example if example_inputs is None else example_inputs
+        module, own = load_folder(path)
+        example = own if example_inputs is None else example_inputs
         source = Source("folder", str(path.resolve()))
         return export_module(module, example, dynamic), source, example
     if path.suffix == ".pt2":
@@ -82,8 +82,8 @@ def open_model(
         source = Source("pt2", str(path.resolve()))
         return from_exported(exported), source, _example_of(exported, example_inputs)
     if ":" in str(model) and not path.exists():
-        module, example = _load_factory(str(model), example_inputs)
-        return export_module(module, example, dynamic), Source("factory", str(model)), example
+        made, given = _load_factory(str(model), example_inputs)
+        return export_module(made, given, dynamic), Source("factory", str(model)), given
     raise BadInput(
         f"{str(model)!r} is no model: expected a folder with config.json and safetensors, a .pt2 "
         "file or module:factory" + ("" if path.exists() else "; nothing exists at that path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     return module, _example(module)
 
 
-def read_config(path: Path) -> dict[str, object]:
+def read_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json` of a model folder."""
     file = path / "config.json"
     if not file.is_file():
@@ -73,7 +74,7 @@ def _check_loading(path: Path, report: dict[str, object]) -> None:
 
 def _example(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Example inputs from the config: what the model's main input is, decides."""
-    config = module.config
+    config: Any = module.config
     main = getattr(module, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     if main == "input_ids":
@@ -86,7 +87,7 @@ def _example(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         shape = (2, config.num_channels, height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator, dtype=module.dtype)}
+        return {"pixel_values": torch.randn(shape, generator=generator, dtype=next(module.parameters()).dtype)}
     raise BadInput(f"the model's main input is {main!r}; hand over example_inputs for it")
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from qcompiler.program import Program, is_tensor, node_id, shape_of
-from qcompiler.spaces.terms import part as restrict
 from qcompiler.spaces.terms import Atom, Conflict, Prod, Term, fresh, size, unify
+from qcompiler.spaces.terms import part as restrict
 
 
 @dataclass(eq=False)
@@ -119,7 +119,7 @@ class Axes:
 
     def new(self, node: fx.Node, virtual: bool = False, axes: list[Term] | None = None) -> Value:
         """A value with fresh axes (or `axes`); the node's own unless virtual."""
-        terms = axes if axes is not None else [fresh(n) for n in shape_of(node)]
+        terms: list[Term] = axes if axes is not None else [fresh(n) for n in shape_of(node)]
         value = Value(node, terms, virtual)
         if not virtual:
             self.values[node] = value

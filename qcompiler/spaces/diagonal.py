@@ -306,7 +306,7 @@ class _Report:
                 root, sign = self._system.find(leaf)
                 for free, c in self._patterns.get(root, {root: 1}).items():
                     groups[free].append((leaf, sign * c))
-        found = []
+        found: list[Space] = []
         for root, members in groups.items():
             space = self._space(len(found), root, members)
             if space is not None:
@@ -329,7 +329,8 @@ class _Report:
         size = int(np.prod([int(a.size) for a in factors]))
         blockers = tuple(self._system.marks.get(root, {}))
         turn = _orientation(program.graph, [(leaf, c) for leaf, c, p, _ in indexed if not p])
-        params, activations = [], []
+        params: list[Member] = []
+        activations: list[Member] = []
         for leaf, c, p, index in indexed:
             member = Member(leaf.value.node, c * turn, index)
             (params if p else activations).append(member)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import sympy
 import torch
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 
 
 class Conflict(Exception):
@@ -109,7 +110,7 @@ def unify(a: Term, b: Term) -> None:
     else:
         total, product = (a, b) if isinstance(a, Sum) else (b, a)
         at: Size = 0
-        for part in total.parts[:-1]:  # type: ignore[union-attr]
+        for part in total.parts[:-1]:
             at = at + size(part)
             cut(product, at)
         unify(total, product)

