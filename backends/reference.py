@@ -28,7 +28,9 @@ class ReferenceBackend(Backend):
     """Plain torch, every format."""
 
     name: ClassVar[str] = "reference"
-    summary: ClassVar[str] = "plain torch, every format, no speed: what the others are compared with"
+    summary: ClassVar[str] = (
+        "plain torch, every format, no speed: what the others are compared with"
+    )
     tolerance: ClassVar[float] = 0.0
 
     def refuses(self, site: Site, scheme: Scheme) -> str | None:

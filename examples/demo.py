@@ -26,7 +26,13 @@ from qcompiler.show.terminal import steps_table
 
 HERE = Path(__file__).resolve().parent / "tiny_llama"
 TWIN = HERE / "outliers"
-RECIPES = ("w8a8-dynamic", "w8a8-dynamic-smooth", "w8a8-static", "w8a8-static-smooth", "w4a16-smooth")
+RECIPES = (
+    "w8a8-dynamic",
+    "w8a8-dynamic-smooth",
+    "w8a8-static",
+    "w8a8-static-smooth",
+    "w4a16-smooth",
+)
 console = Console(soft_wrap=True)
 
 
@@ -49,7 +55,10 @@ def main() -> None:
         compiled = qcompiler.compile(TWIN, recipe=recipe, data=calibration)
         value = perplexity(compiled.artifact.run, feed)
         table.add_row(
-            recipe, f"{value:.3f}", f"{value / base - 1:+.2%}", f"{compiled.bytes / 1e6:.1f} MB",
+            recipe,
+            f"{value:.3f}",
+            f"{value / base - 1:+.2%}",
+            f"{compiled.bytes / 1e6:.1f} MB",
             f"{speed(program, compiled):.2f} ×",
         )
         if recipe == "w8a8-dynamic-smooth":

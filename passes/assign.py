@@ -80,7 +80,7 @@ def _parse_rule(text: str) -> tuple[str, str, str]:
 
 
 def _fit(site: Site, weight: str, activation: str) -> Scheme:
-    """The scheme in the shape of this site: what is `channel` of a matrix, what `token` of images."""
+    """The scheme in this site's shape: what `channel` and `token` are for a convolution."""
     w = None if weight == FLOAT else QFormat.parse(weight)
     a = None if activation == FLOAT or site.kind.x is None else QFormat.parse(activation)
     if w is not None and w.dynamic:

@@ -61,7 +61,9 @@ class Quantize(Pass):
             if scheme is None:
                 continue
             if scheme.weight and edit.param_of(site.weight) is None:
-                edit.skip(site.node, "its weight is still an expression; put `fold` before quantize")
+                edit.skip(
+                    site.node, "its weight is still an expression; put `fold` before quantize"
+                )
                 continue
             edit.spend(f"stored and computed as the plan says: {scheme}", site.node)
             if scheme.weight:
@@ -81,15 +83,23 @@ class Quantize(Pass):
         value = edit.tensor(node)
         # Rows are flattened, so that a 3 × 3 kernel packs as densely as a matrix.
         rows = value.reshape(value.shape[0], -1)
-        flat = fmt if fmt.block is None or len(fmt.block) == 1 else QFormat(
-            fmt.element, (-1,), fmt.symmetric
+        flat = (
+            fmt
+            if fmt.block is None or len(fmt.block) == 1
+            else QFormat(fmt.element, (-1,), fmt.symmetric)
         )
         q = QUANTIZERS[self.rounding](rows, flat, facts.activations.get(site.id))
         data = edit.new_param(f"{name}.data", pack(q.data, flat.bits), like=node)
         scale = edit.new_param(f"{name}.scale", q.scale, like=node)
         zero = None if q.zero is None else edit.new_param(f"{name}.zero", q.zero, like=node)
         new = edit.call(
-            qc.dequantize.default, data, scale, zero, str(flat), rows.shape[1], value.dtype,
+            qc.dequantize.default,
+            data,
+            scale,
+            zero,
+            str(flat),
+            rows.shape[1],
+            value.dtype,
             like=site.node,
         )
         if value.ndim != 2:
@@ -108,4 +118,6 @@ def _input(edit: Edit, facts: Facts, site: Site, fmt: QFormat) -> fx.Node:
     stem = f"{site.id.rpartition('/')[0] or site.id}.input"
     scale_node = edit.new_param(f"{stem}_scale", scale, like=site.node)
     zero_node = None if zero is None else edit.new_param(f"{stem}_zero", zero, like=site.node)
-    return edit.call(qc.fake_quantize.default, site.x, str(fmt), scale_node, zero_node, like=site.node)
+    return edit.call(
+        qc.fake_quantize.default, site.x, str(fmt), scale_node, zero_node, like=site.node
+    )

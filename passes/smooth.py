@@ -82,7 +82,8 @@ class Smooth(Pass):
 def _best_space(found: list[Space], site: Site) -> Space | None:
     """The free space with the most factors on the site's input channels, then the fewest edges."""
     fitting = [
-        s for s in found
+        s
+        for s in found
         if not s.blocked_by and s.producers and s.consumers and _carries(s, site, exponent=1)
     ]
     return max(fitting, key=lambda s: (s.size, -len(s.params)), default=None)

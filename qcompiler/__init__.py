@@ -1,8 +1,8 @@
 """qcompiler: a compiler-style graph rewriting toolkit that quantizes neural networks.
 
-    compiled = qcompiler.compile(model, example_inputs, recipe="w8a8-dynamic-smooth", data=batches)
-    print(compiled.diff())        # what each pass did, why, what it cost, what it skipped
-    compiled.save("out")          # qcompiler.load("out") brings it back
+compiled = qcompiler.compile(model, example_inputs, recipe="w8a8-dynamic-smooth", data=batches)
+print(compiled.diff())        # what each pass did, why, what it cost, what it skipped
+compiled.save("out")          # qcompiler.load("out") brings it back
 """
 
 from qcompiler import ops as _ops  # registers the qc:: operators
@@ -22,7 +22,28 @@ from qcompiler.version import __version__
 
 del _ops
 __all__ = [
-    "Artifact", "Backend", "BackendError", "BadInput", "Capability", "Compiled", "Edit", "Effect",
-    "Facts", "Pass", "PassError", "Program", "QCompilerError", "QFormat", "QTensor", "Scheme",
-    "Step", "Tag", "__version__", "capture", "compile", "load", "load_recipe", "spaces",
+    "Artifact",
+    "Backend",
+    "BackendError",
+    "BadInput",
+    "Capability",
+    "Compiled",
+    "Edit",
+    "Effect",
+    "Facts",
+    "Pass",
+    "PassError",
+    "Program",
+    "QCompilerError",
+    "QFormat",
+    "QTensor",
+    "Scheme",
+    "Step",
+    "Tag",
+    "__version__",
+    "capture",
+    "compile",
+    "load",
+    "load_recipe",
+    "spaces",
 ]

@@ -97,7 +97,7 @@ class Backend(ABC):
         return None
 
     def lowering(self, exclude: frozenset[str] = frozenset()) -> tuple[Pass, ...]:
-        """Passes of effect `lower` that put this target's operators in; not at the `exclude` sites."""
+        """Passes of effect `lower` that put this target's operators in, but at `exclude`."""
         return ()
 
     @abstractmethod

@@ -42,7 +42,12 @@ class Checker:
         self._cache: dict[tuple[int, torch.dtype], tuple[Program, list[tuple[object, ...]]]] = {}
 
     def check(
-        self, effect: Effect, before: Program, after: Program, change: Diff, touched: Collection[str]
+        self,
+        effect: Effect,
+        before: Program,
+        after: Program,
+        change: Diff,
+        touched: Collection[str],
     ) -> Verdict:
         """Measure what `effect` promises. The pipeline compares the error with the tolerance."""
         if effect is Effect.PLAN:
@@ -55,7 +60,8 @@ class Checker:
             return Verdict(error)
         capture_error = self._error(self._capture, after, torch.float64)
         metrics = {
-            "sqnr_db": sqnr_db(error), "capture_error": capture_error,
+            "sqnr_db": sqnr_db(error),
+            "capture_error": capture_error,
             "capture_sqnr_db": sqnr_db(capture_error),
         }
         return Verdict(error, metrics, self._touched(before, after, touched))
@@ -77,8 +83,9 @@ class Checker:
         self, before: Program, after: Program, touched: Collection[str]
     ) -> Mapping[str, float]:
         """Error of each touched node on the first input, both programs run from its start."""
-        ids = {i for i in touched if i in before.by_id and i in after.by_id and i not in
-               after.params}
+        ids = {
+            i for i in touched if i in before.by_id and i in after.by_id and i not in after.params
+        }
         was: dict[str, Tensor] = {}
         now: dict[str, Tensor] = {}
         evaluate_wide(before, self._inputs[0], watch_ids(ids, was))

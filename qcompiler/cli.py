@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -76,8 +77,14 @@ def main() -> None:
 @click.option("--batches", default=16, show_default=True, help="Batches of it to use.")
 @as_json
 def compile_(
-    model: str, output: Path, recipe: str | None, passes: str | None, backend: str,
-    data: Path | None, batches: int, json_: bool,
+    model: str,
+    output: Path,
+    recipe: str | None,
+    passes: str | None,
+    backend: str,
+    data: Path | None,
+    batches: int,
+    json_: bool,
 ) -> None:
     """Compile MODEL (folder, .pt2, module:factory) and write it to a folder."""
     if recipe and passes:
@@ -92,16 +99,18 @@ def compile_(
         compiled = compile_model(model, passes=pipeline_, backend=backend, data=feed, watch=watch)
     compiled.save(output)
     if json_:
-        _print_json({
-            "steps": compiled.diff().rows()[1:],
-            "bytes": compiled.bytes,
-            "float_bytes": compiled.float_bytes,
-            "backend": compiled.backend.name,
-            "kernels": dict(compiled.kernels),
-            "refused": dict(compiled.refused),
-            "notes": list(compiled.notes),
-            "output": str(output),
-        })
+        _print_json(
+            {
+                "steps": compiled.diff().rows()[1:],
+                "bytes": compiled.bytes,
+                "float_bytes": compiled.float_bytes,
+                "backend": compiled.backend.name,
+                "kernels": dict(compiled.kernels),
+                "refused": dict(compiled.refused),
+                "notes": list(compiled.notes),
+                "output": str(output),
+            }
+        )
         return
     out.print(steps_table(compiled.diff()))
     _print_summary(compiled, output)
@@ -145,13 +154,15 @@ def inspect(model: str, spaces: bool, json_: bool) -> None:
         print_program(out, program)
         return
     last = program.history[-1].after
-    _print_json({
-        "inputs": [str(p) for p in program.io.tensors],
-        "bytes": program.bytes,
-        "nodes": [{"id": id, "call": n.call, "shape": n.shape} for id, n in last.nodes.items()],
-        "parameters": {name: str(p) for name, p in last.params.items()},
-        "plan": {id: str(s) for id, s in program.plan.items()},
-    })
+    _print_json(
+        {
+            "inputs": [str(p) for p in program.io.tensors],
+            "bytes": program.bytes,
+            "nodes": [{"id": id, "call": n.call, "shape": n.shape} for id, n in last.nodes.items()],
+            "parameters": {name: str(p) for name, p in last.params.items()},
+            "plan": {id: str(s) for id, s in program.plan.items()},
+        }
+    )
 
 
 @main.command("diff")
@@ -212,10 +223,13 @@ def _stat_row(account: Account, number: int) -> dict[str, object]:
 
 def _diff_row(change: Diff) -> dict[str, object]:
     return {
-        "added": list(change.added), "removed": list(change.removed),
-        "rewired": list(change.rewired), "parameters": list(change.params),
+        "added": list(change.added),
+        "removed": list(change.removed),
+        "rewired": list(change.rewired),
+        "parameters": list(change.params),
         "parameters_added": list(change.params_added),
-        "parameters_removed": list(change.params_removed), "precision": dict(change.precision),
+        "parameters_removed": list(change.params_removed),
+        "precision": dict(change.precision),
     }
 
 
@@ -223,7 +237,9 @@ def _diff_row(change: Diff) -> dict[str, object]:
 @click.argument("artifact", type=Path)
 @click.option("--data", required=True, type=Path, help="Text, .npy or .safetensors.")
 @click.option(
-    "--metric", type=click.Choice(["perplexity", "sqnr", "cosine"]), default="perplexity",
+    "--metric",
+    type=click.Choice(["perplexity", "sqnr", "cosine"]),
+    default="perplexity",
     show_default=True,
 )
 @click.option("--batches", type=int, help="Use the first batches only.")
@@ -268,16 +284,20 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     inputs = random_inputs(saved.program.io, 0, sizes)
     times = race({against: reference.flat, "quantized": compiled.artifact.run}, inputs)
     result = {
-        "float_seconds": times[against], "seconds": times["quantized"],
-        "speedup": times[against] / times["quantized"], "sizes": sizes,
-        "bytes": compiled.bytes, "float_bytes": compiled.float_bytes,
+        "float_seconds": times[against],
+        "seconds": times["quantized"],
+        "speedup": times[against] / times["quantized"],
+        "sizes": sizes,
+        "bytes": compiled.bytes,
+        "float_bytes": compiled.float_bytes,
     }
     if json_:
         _print_json(result)
         return
     out.print(
         f"{sizes or 'fixed sizes'}: float {times[against] * 1e3:.2f} ms, quantized "
-        f"{times['quantized'] * 1e3:.2f} ms: {result['speedup']:.2f} × float speed", markup=False
+        f"{times['quantized'] * 1e3:.2f} ms: {result['speedup']:.2f} × float speed",
+        markup=False,
     )
 
 
@@ -294,9 +314,7 @@ def passes_(json_: bool) -> None:
             continue
         about = (cls.__doc__ or "").strip().splitlines()[0]
         options = {k: {"type": t, "default": d} for k, (t, d) in cls.options().items()}
-        rows.append(
-            {"name": name, "effect": cls.effect.value, "about": about, "options": options}
-        )
+        rows.append({"name": name, "effect": cls.effect.value, "about": about, "options": options})
     if json_:
         return _print_json({"passes": rows})
     shown = Table("pass", "effect", "what it does", "options")
@@ -305,7 +323,9 @@ def passes_(json_: bool) -> None:
         assert isinstance(listed, dict)
         words = " ".join(f"{k}={v['default']}" for k, v in listed.items())
         shown.add_row(
-            str(row["name"]), str(row.get("effect", "")), str(row.get("about", row.get("error"))),
+            str(row["name"]),
+            str(row.get("effect", "")),
+            str(row.get("about", row.get("error"))),
             words,
         )
     return out.print(shown)
@@ -350,24 +370,23 @@ def formats(json_: bool) -> None:
 @as_json
 def backends(json_: bool) -> None:
     """List the backends, whether they run here, and what their kernels serve."""
-    rows = []
+    rows: list[dict[str, object]] = []
+    shown = Table("backend", "what it is", "kernels")
     for name in sorted(table("qcompiler.backends")):
         try:
             backend = get_backend(name)
-            kernels = [
-                {"kernel": c.kernel, "op": c.op, "weight": c.weight, "activation": c.activation,
-                 "tolerance": c.tolerance, "note": c.note}
-                for c in backend.capabilities
-            ]
-            rows.append({"name": name, "about": backend.summary, "kernels": kernels})
-        except QCompilerError as error:
+        except QCompilerError as error:  # a broken plug-in is named, the others go on
             rows.append({"name": name, "about": str(error), "kernels": []})
+            shown.add_row(name, str(error), "")
+            continue
+        kernels = backend.capabilities
+        rows.append(
+            {"name": name, "about": backend.summary, "kernels": [asdict(k) for k in kernels]}
+        )
+        lines = [f"{k.kernel}: {k.op} {k.weight} × {k.activation}" for k in kernels]
+        shown.add_row(name, backend.summary, "\n".join(lines))
     if json_:
         return _print_json({"backends": rows})
-    shown = Table("backend", "what it is", "kernels")
-    for row in rows:
-        names = [f"{k['kernel']}: {k['op']} {k['weight']} × {k['activation']}" for k in row["kernels"]]  # type: ignore
-        shown.add_row(str(row["name"]), str(row["about"]), "\n".join(names))
     return out.print(shown)
 
 
@@ -426,7 +445,10 @@ def _progress(quiet: bool) -> Iterator[Callable[[pipeline.Progress], None]]:
         yield lambda _: None
         return
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=err,
         transient=True,
     ) as bar:
         task = bar.add_task("capturing", total=None)
@@ -434,7 +456,9 @@ def _progress(quiet: bool) -> Iterator[Callable[[pipeline.Progress], None]]:
         def watch(p: pipeline.Progress) -> None:
             batch = f", batch {p.batch}" if p.batch else ""
             done = p.index + (p.doing == "done")
-            bar.update(task, description=f"{p.name}: {p.doing}{batch}", total=p.total, completed=done)
+            bar.update(
+                task, description=f"{p.name}: {p.doing}{batch}", total=p.total, completed=done
+            )
 
         yield watch
 
@@ -446,7 +470,10 @@ def _bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=err,
         transient=True,
     ) as bar:
         task = bar.add_task(what, total=total)

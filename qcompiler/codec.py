@@ -95,7 +95,9 @@ def _encode(value: object) -> Json:
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     for kind, what in (
-        (torch.dtype, "dtype"), (torch.layout, "layout"), (torch.memory_format, "memory_format")
+        (torch.dtype, "dtype"),
+        (torch.layout, "layout"),
+        (torch.memory_format, "memory_format"),
     ):
         if isinstance(value, kind):
             return {what: str(value).removeprefix("torch.")}
@@ -112,7 +114,7 @@ def _decode(value: Json, nodes: Mapping[str, fx.Node]) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
-        (key, inner), = value.items()
+        ((key, inner),) = value.items()
         if key == "node":
             return nodes[inner]
         if key == "float":
@@ -168,8 +170,12 @@ def _encode_io(io: Signature) -> Json:
     return {
         "ports": [
             {
-                "name": p.name, "dtype": str(p.dtype).removeprefix("torch.") if p.dtype else None,
-                "shape": list(p.shape), "low": p.low, "high": p.high, "constant": p.constant,
+                "name": p.name,
+                "dtype": str(p.dtype).removeprefix("torch.") if p.dtype else None,
+                "shape": list(p.shape),
+                "low": p.low,
+                "high": p.high,
+                "constant": p.constant,
             }
             for p in io.ports
         ],
@@ -191,14 +197,21 @@ def _decode_io(raw: Json) -> Signature:
             ) from error
     ports = tuple(
         Port(
-            p["name"], getattr(torch, p["dtype"]) if p["dtype"] else None, tuple(p["shape"]),
-            p["low"], p["high"], p["constant"],
+            p["name"],
+            getattr(torch, p["dtype"]) if p["dtype"] else None,
+            tuple(p["shape"]),
+            p["low"],
+            p["high"],
+            p["constant"],
         )
         for p in raw["ports"]
     )
     return Signature(
-        ports, pytree.treespec_loads(raw["in_spec"]), pytree.treespec_loads(raw["out_spec"]),
-        tuple(raw["names"]), {k: (v[0], v[1]) for k, v in raw["dims"].items()},
+        ports,
+        pytree.treespec_loads(raw["in_spec"]),
+        pytree.treespec_loads(raw["out_spec"]),
+        tuple(raw["names"]),
+        {k: (v[0], v[1]) for k, v in raw["dims"].items()},
     )
 
 
@@ -245,12 +258,15 @@ def encode_history(history: tuple[Step, ...]) -> Json:
     """Steps with their snapshots; diffs are left out, since they are computed from those."""
     return [
         {
-            "name": s.name, "spec": s.spec, "effect": s.effect.value if s.effect else None,
+            "name": s.name,
+            "spec": s.spec,
+            "effect": s.effect.value if s.effect else None,
             "edits": [[e.why, list(e.nodes)] for e in s.edits],
             "skipped": [[e.why, list(e.nodes)] for e in s.skipped],
             "metrics": {k: _encode(v) for k, v in s.metrics.items()},
             "nodes": {k: _encode(v) for k, v in s.nodes.items()},
-            "notes": list(s.notes), "seconds": s.seconds,
+            "notes": list(s.notes),
+            "seconds": s.seconds,
             "after": {
                 "nodes": {
                     id: [n.op, n.inputs, n.call, n.shape, n.scope, n.origin, n.by]
@@ -274,26 +290,32 @@ def decode_history(raw: Json) -> tuple[Step, ...]:
         after = Snapshot(
             nodes={
                 id: NodeText(op, tuple(inputs), call, shape, scope, tuple(origin), by)
-                for id, (op, inputs, call, shape, scope, origin, by)
-                in entry["after"]["nodes"].items()
+                for id, (op, inputs, call, shape, scope, origin, by) in entry["after"][
+                    "nodes"
+                ].items()
             },
             params={
                 name: ParamText(dtype, tuple(shape), digest, low, high, size)
-                for name, (dtype, shape, digest, low, high, size)
-                in entry["after"]["params"].items()
+                for name, (dtype, shape, digest, low, high, size) in entry["after"][
+                    "params"
+                ].items()
             },
             plan=entry["after"]["plan"],
         )
         before = steps[-1].after if steps else after
         steps.append(
             Step(
-                name=entry["name"], spec=entry["spec"],
+                name=entry["name"],
+                spec=entry["spec"],
                 effect=Effect(entry["effect"]) if entry["effect"] else None,
-                diff=diff(before, after), after=after,
+                diff=diff(before, after),
+                after=after,
                 edits=tuple(Reason(why, tuple(ids)) for why, ids in entry["edits"]),
                 skipped=tuple(Reason(why, tuple(ids)) for why, ids in entry["skipped"]),
-                metrics=_decode(entry["metrics"], {}), nodes=_decode(entry["nodes"], {}),
-                notes=tuple(entry["notes"]), seconds=entry["seconds"],
+                metrics=_decode(entry["metrics"], {}),
+                nodes=_decode(entry["nodes"], {}),
+                notes=tuple(entry["notes"]),
+                seconds=entry["seconds"],
             )
         )
     return tuple(steps)

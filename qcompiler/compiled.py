@@ -122,7 +122,8 @@ def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:
     lowered, notes = lower(saved.program, target, None, None)
     same = target.name == saved.about.backend
     artifact = (
-        target.load(lowered.program, saved.content / "backend") if same
+        target.load(lowered.program, saved.content / "backend")
+        if same
         else target.build(lowered.program)
     )
     about = saved.about

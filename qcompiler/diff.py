@@ -72,8 +72,12 @@ class Diff:
     @property
     def graph_changed(self) -> bool:
         return bool(
-            self.added or self.removed or self.rewired or self.params
-            or self.params_added or self.params_removed
+            self.added
+            or self.removed
+            or self.rewired
+            or self.params
+            or self.params_added
+            or self.params_removed
         )
 
     def __bool__(self) -> bool:
@@ -93,7 +97,9 @@ class Diff:
         return ", ".join(words) or "no change"
 
 
-def snapshot(program: Program, known: Snapshot | None = None, old: Program | None = None) -> Snapshot:
+def snapshot(
+    program: Program, known: Snapshot | None = None, old: Program | None = None
+) -> Snapshot:
     """Sum up `program`. Parameters that are the same tensors as in `old` are taken from `known`."""
     params: dict[str, ParamText] = {}
     for name, tensor in program.params.items():

@@ -65,7 +65,8 @@ class Edit:
     def calls(self, *targets: Target) -> Iterator[fx.Node]:
         """The nodes that call one of `targets` (all calls if none are given), in order."""
         return (
-            n for n in self.nodes
+            n
+            for n in self.nodes
             if n.op == "call_function" and (not targets or n.target in targets)
         )
 
@@ -129,8 +130,8 @@ class Edit:
     ) -> fx.Node:
         """Insert a call right behind the last of its inputs.
 
-        `like` lends its module path; `replaces` are the nodes that the new one stands for. Shape and
-        type are computed at once, so a wrong call fails here, at the pass's own line.
+        `like` lends its module path; `replaces` are the nodes that the new one stands for. Shape
+        and type are computed at once, so a wrong call fails here, at the pass's own line.
         """
         inputs = _inputs(args, kwargs)
         place = max(inputs) if inputs else None
@@ -144,9 +145,7 @@ class Edit:
         self._touch(node, *replaces)
         return node
 
-    def replace(
-        self, old: fx.Node, new: fx.Node, only: Iterable[fx.Node] | None = None
-    ) -> None:
+    def replace(self, old: fx.Node, new: fx.Node, only: Iterable[fx.Node] | None = None) -> None:
         """Let the users of `old` (all but `new`, or `only` some) read `new` instead."""
         wanted = None if only is None else set(only)
         users = [u for u in old.users if u is not new and (wanted is None or u in wanted)]
@@ -267,7 +266,7 @@ def node_tag(
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy whose nodes keep name, meta and order; nested meta values are shared, never changed."""
+    """A copy whose nodes keep name, meta and order; nested meta values are shared."""
     copy = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

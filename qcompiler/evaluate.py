@@ -20,13 +20,13 @@ Run = Callable[[Flat], tuple[object, ...]]
 
 
 def perplexity(run: Run, batches: Sequence[Flat], watch: Callable[[], None] | None = None) -> float:
-    """exp of the mean cross-entropy of each next token; the first output holds the logits (B, T, V)."""
+    """exp of the mean cross-entropy of each next token; output 0 holds logits (B, T, V)."""
     total, count = 0.0, 0
     for inputs in batches:
         ids, logits = inputs[0], _first_tensor(run(inputs))
         if not isinstance(ids, Tensor) or ids.is_floating_point() or logits.ndim != 3:
             raise BadInput(
-                "perplexity needs a language model: token ids in, logits (batch, tokens, vocabulary) "
+                "perplexity needs a language model: token ids in, logits (batch, tokens, words) "
                 f"out; found an output of shape {list(logits.shape)}"
             )
         flat = logits[:, :-1].float().flatten(0, 1)

@@ -36,8 +36,10 @@ class Range:
     def merge(self, other: Range) -> Range:
         """The range over both; observers merge, so that data can be streamed."""
         return Range(
-            torch.maximum(self.absmax, other.absmax), min(self.low, other.low),
-            max(self.high, other.high), self.samples + other.samples,
+            torch.maximum(self.absmax, other.absmax),
+            min(self.low, other.low),
+            max(self.high, other.high),
+            self.samples + other.samples,
         )
 
 

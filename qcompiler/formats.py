@@ -97,9 +97,7 @@ class QFormat:
             return (1,) * len(shape)
         block = self.block[-len(shape) :] if len(self.block) > len(shape) else self.block
         full = (1,) * (len(shape) - len(block)) + block
-        return tuple(
-            1 if b == -1 else -(-n // b) for n, b in zip(shape, full, strict=True)
-        )
+        return tuple(1 if b == -1 else -(-n // b) for n, b in zip(shape, full, strict=True))
 
     def bytes(self, shape: tuple[int, ...], scale_bytes: int = 4) -> int:
         """Bytes of the packed data with all side data (scales, zero points) counted."""
@@ -235,7 +233,7 @@ def _reduce(x: Tensor, axis: int, blocks: int, how: str) -> Tensor:
 def pack(q: Tensor, bits: int) -> Tensor:
     """Pack integers to `bits` each along the last axis, low bits first: uint8 (…, ceil(n·bits/8)).
 
-    Negative numbers are stored in two's complement. For 4 bits this is the usual "low nibble first".
+    Negative numbers are stored in two's complement. With 4 bits it is "low nibble first".
     """
     width = q.shape[-1]
     shifts = torch.arange(bits, dtype=torch.int32, device=q.device)

@@ -80,7 +80,9 @@ class Signature:
         count = captured_args.num_children
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if len(args) > len(self.names):
-            raise BadInput(f"the model takes {self._expects()}; found {len(args)} positional inputs")
+            raise BadInput(
+                f"the model takes {self._expects()}; found {len(args)} positional inputs"
+            )
         wanted = [*self.names[:count], *keys]
         baked = {p.name: p.constant for p in self.ports if not p.is_tensor}
         missing = [n for n in wanted if n not in given and n not in baked]
@@ -117,7 +119,8 @@ class Signature:
         if not fits:
             bounds = "; ".join(
                 f"{n} is {lo} to {hi if hi is not None else 'any'}"
-                for n, (lo, hi) in self.dims.items() if n in port.shape
+                for n, (lo, hi) in self.dims.items()
+                if n in port.shape
             )
             raise BadInput(
                 f"input {port} does not take shape {list(value.shape)}"

@@ -25,7 +25,9 @@ from qcompiler.formats import (
 )
 
 _library = torch.library.Library("qc", "DEF")
-_library.define("fake_quantize(Tensor x, str format, Tensor? scale=None, Tensor? zero=None) -> Tensor")
+_library.define(
+    "fake_quantize(Tensor x, str format, Tensor? scale=None, Tensor? zero=None) -> Tensor"
+)
 _library.define(
     "dequantize(Tensor data, Tensor scale, Tensor? zero, str format, int width, ScalarType dtype)"
     " -> Tensor"
@@ -33,7 +35,9 @@ _library.define(
 _library.define("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
 
 
-def fake_quantize(x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None
+) -> Tensor:
     """Round `x` to what `format` can hold; same shape and dtype as `x`.
 
     Without `scale` the format is dynamic: each block (a token, say) brings its own.
@@ -68,7 +72,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     return x * cos + turned * sin
 
 
-def _fake_quantize_shape(x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+def _fake_quantize_shape(
+    x: Tensor, format: str, scale: Tensor | None = None, zero: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(x)
 
 

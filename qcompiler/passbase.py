@@ -80,9 +80,7 @@ class Pass(ABC):
     def options(cls) -> dict[str, tuple[str, object]]:
         """Option → (type in words, default)."""
         hints = typing.get_type_hints(cls)
-        return {
-            f.name: (_type_name(hints[f.name]), f.default) for f in dataclasses.fields(cls)
-        }
+        return {f.name: (_type_name(hints[f.name]), f.default) for f in dataclasses.fields(cls)}
 
     @classmethod
     def make(cls, options: Mapping[str, Value]) -> Pass:

@@ -1,8 +1,8 @@
 """The pipeline: runs passes in order, computes the facts they need, and holds them to their word.
 
-After each pass the two sealed programs are compared and the promise checked. A pass that broke it is
-run again with less fuel until the first bad edit is found; the error names that edit and its nodes,
-and the program is the one before the pass.
+After each pass the two sealed programs are compared and the promise checked. A pass that broke it
+is run again with less fuel until the first bad edit is found; the error names that edit and its
+nodes, and the program is the one before the pass.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def run_pipeline(
     """
     checker = Checker(program, check_inputs(program.io, example))
     for index, step in enumerate(passes):
+
         def tell(doing: str, batch: int = 0, at: int = index, name: str = step.name) -> None:
             if watch is not None:
                 watch(Progress(at, len(passes), name, doing, batch))
@@ -100,17 +101,22 @@ def _run_pass(
         notes = (*notes, "calibrated on random inputs; hand over data to see the real ranges")
     metrics = {"error": full.verdict.error, **full.verdict.metrics}
     record = Step(
-        name=step.name, spec=str(step), effect=step.effect, diff=full.change,
+        name=step.name,
+        spec=str(step),
+        effect=step.effect,
+        diff=full.change,
         after=snapshot(full.program, program.history[-1].after, program),
-        edits=full.edits, skipped=full.skipped, metrics=metrics, nodes=full.verdict.nodes,
-        notes=notes, seconds=time.perf_counter() - start,
+        edits=full.edits,
+        skipped=full.skipped,
+        metrics=metrics,
+        nodes=full.verdict.nodes,
+        notes=notes,
+        seconds=time.perf_counter() - start,
     )
     return full.program.with_history(record)
 
 
-def _facts(
-    program: Program, step: Pass, data: Data | None, tell: Callable[..., None]
-) -> Facts:
+def _facts(program: Program, step: Pass, data: Data | None, tell: Callable[..., None]) -> Facts:
     needs = step.needs_for(program)
     if unknown := set(needs) - set(NEEDS):
         raise PassError(f"pass {step.name!r} needs unknown facts {sorted(unknown)}; known: {NEEDS}")

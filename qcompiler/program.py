@@ -34,7 +34,7 @@ Plan = Mapping[str, Scheme]
 
 @dataclass(frozen=True)
 class Tag:
-    """A node's identity. Stored as plain strings in `node.meta["custom"]`, which survives a copy."""
+    """A node's identity, as plain strings in `node.meta["custom"]`, which survives a copy."""
 
     id: str
     """`module.path/op#n`; never reused, also not after the node is gone."""
@@ -53,7 +53,10 @@ class Tag:
     def put(self, node: fx.Node) -> None:
         # A new dictionary each time: graph copies share the nested ones.
         node.meta["custom"] = {
-            "id": self.id, "scope": self.scope, "by": self.by, "origin": " ".join(self.origin)
+            "id": self.id,
+            "scope": self.scope,
+            "by": self.by,
+            "origin": " ".join(self.origin),
         }
 
 
@@ -163,7 +166,8 @@ class Program:
             val = node.meta.get("val")
             kind = (
                 f"{str(val.dtype).removeprefix('torch.')}{[str(s) for s in val.shape]}"
-                if isinstance(val, Tensor) else type(val).__name__
+                if isinstance(val, Tensor)
+                else type(val).__name__
             ).replace("'", "")
             if name := self.slots.get(node.name):
                 lines.append(f"param {name}: {kind}")

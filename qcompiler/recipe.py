@@ -42,8 +42,11 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with qcompiler."""
-    return sorted(f.name.removesuffix(".toml") for f in files("qcompiler.recipes").iterdir()
-                  if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml")
+        for f in files("qcompiler.recipes").iterdir()
+        if f.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str | Path) -> Recipe:

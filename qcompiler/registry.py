@@ -88,5 +88,3 @@ def _load(group: str, what: str, name: str) -> object:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise BadInput(f"{what} {name!r} ({known[name]}) fails to import: {error}") from error
-
-

@@ -17,7 +17,9 @@ Call = Callable[[fx.Node, tuple[object, ...], dict[str, object]], object]
 Watch = Callable[[fx.Node, object], None]
 
 
-def evaluate(program: Program, inputs: tuple[object, ...], watch: Watch | None = None) -> tuple[object, ...]:
+def evaluate(
+    program: Program, inputs: tuple[object, ...], watch: Watch | None = None
+) -> tuple[object, ...]:
     """Flat outputs for flat inputs, in the program's own types; `watch` sees each node's value."""
     return _interpret(program, inputs, _call, watch)
 
@@ -33,6 +35,7 @@ def evaluate_wide(
     Parameters are widened when they are read and dropped again, so that the extra memory is one
     weight, whatever the size of the model.
     """
+
     def call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         return _call_wide(node, args, kwargs, dtype)
 

@@ -34,8 +34,14 @@ from qcompiler.version import __version__
 MANIFEST = "qcompiler.json"
 VERSION = 1
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
 )
 
 
@@ -71,7 +77,9 @@ def save(program: Program, artifact: Artifact, about: About, folder: Path) -> Pa
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; expected a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise BadInput(f"{folder} holds other files and no qcompiler artifact; choose another place")
+        raise BadInput(
+            f"{folder} holds other files and no qcompiler artifact; choose another place"
+        )
     made = not folder.exists()
     content = folder / f"content-{secrets.token_hex(4)}"
     try:
@@ -81,7 +89,9 @@ def save(program: Program, artifact: Artifact, about: About, folder: Path) -> Pa
     except BaseException as error:
         shutil.rmtree(folder if made else content, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise BadInput(f"cannot write to {folder}: {error}; nothing was changed there") from error
+            raise BadInput(
+                f"cannot write to {folder}: {error}; nothing was changed there"
+            ) from error
         raise
     for old in folder.glob("content-*"):
         if old != content:
@@ -145,12 +155,16 @@ def read(folder: str | Path) -> Saved:
             history = decode_history(json.load(file))
         program = replace(decode_program(raw, params), history=history)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise BadInput(f"the artifact in {folder} is damaged: {error!r}; compile it again") from error
+        raise BadInput(
+            f"the artifact in {folder} is damaged: {error!r}; compile it again"
+        ) from error
     for name, text in history[-1].after.params.items():
         if name not in params or digest(params[name]) != text.digest:
             raise BadInput(f"parameter {name!r} in {folder} is damaged; compile it again")
     about = About(
-        manifest["backend"], manifest["float_bytes"], Source(**manifest["source"]),
+        manifest["backend"],
+        manifest["float_bytes"],
+        Source(**manifest["source"]),
         tuple(manifest["notes"]),
     )
     return Saved(folder, program, about, content)

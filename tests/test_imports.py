@@ -54,7 +54,8 @@ def layer(module: str) -> int:
 
 
 CORE = [
-    f for f in (ROOT / "qcompiler").rglob("*.py")
+    f
+    for f in (ROOT / "qcompiler").rglob("*.py")
     if f.relative_to(ROOT / "qcompiler").parts[0] not in ("passes", "backends", "recipes")
     and f != ROOT / "qcompiler/__init__.py"
 ]

@@ -1,4 +1,4 @@
-"""Small random models that tests capture: no download, sizes chosen so that no two axes coincide."""
+"""Small random models that tests capture; sizes are chosen so that no two axes coincide."""
 
 from __future__ import annotations
 
@@ -32,8 +32,14 @@ def llama() -> tuple[nn.Module, object]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, vocab_size=100, max_position_embeddings=64,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        vocab_size=100,
+        max_position_embeddings=64,
     )
     return LlamaForCausalLM(config), {"input_ids": _tokens()}
 
@@ -42,8 +48,14 @@ def qwen3() -> tuple[nn.Module, object]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, vocab_size=100, max_position_embeddings=64,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        vocab_size=100,
+        max_position_embeddings=64,
     )
     return Qwen3ForCausalLM(config), {"input_ids": _tokens()}
 
@@ -52,8 +64,14 @@ def opt() -> tuple[nn.Module, object]:
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
-        hidden_size=48, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=100,
-        max_position_embeddings=64, word_embed_proj_dim=48, dropout=0.0,
+        hidden_size=48,
+        ffn_dim=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=100,
+        max_position_embeddings=64,
+        word_embed_proj_dim=48,
+        dropout=0.0,
     )
     return OPTForCausalLM(config), {"input_ids": _tokens()}
 
@@ -69,8 +87,12 @@ def bert() -> tuple[nn.Module, object]:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=100, max_position_embeddings=64,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=100,
+        max_position_embeddings=64,
     )
     mask = torch.ones(3, 11, dtype=torch.int64)
     mask[1, 7:] = 0
@@ -81,8 +103,13 @@ def vit() -> tuple[nn.Module, object]:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        image_size=24, patch_size=8, num_labels=10,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=24,
+        patch_size=8,
+        num_labels=10,
     )
     images = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(2))
     return ViTForImageClassification(config), {"pixel_values": images}
@@ -96,7 +123,9 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(cout)
         self.relu = nn.ReLU(inplace=True)
-        self.short = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+        self.short = nn.Sequential(
+            nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -124,7 +153,13 @@ def cnn() -> tuple[nn.Module, object]:
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, object]]] = {
-    "llama": llama, "qwen3": qwen3, "opt": opt, "gpt2": gpt2, "bert": bert, "vit": vit, "cnn": cnn,
+    "llama": llama,
+    "qwen3": qwen3,
+    "opt": opt,
+    "gpt2": gpt2,
+    "bert": bert,
+    "vit": vit,
+    "cnn": cnn,
 }
 
 

@@ -38,7 +38,9 @@ class CpuBackend(Backend):
     """In-process CPU execution."""
 
     name: ClassVar[str] = "cpu"
-    summary: ClassVar[str] = "this process, torch's int8 and int4 kernels where they are right and pay"
+    summary: ClassVar[str] = (
+        "this process, torch's int8 and int4 kernels where they are right and pay"
+    )
     capabilities: ClassVar[tuple[Capability, ...]] = tuple(k.capability for k in KERNELS.values())
     tolerance: ClassVar[float] = 5e-2
     """The whole program's; each kernel's own is in its capability."""

@@ -23,7 +23,7 @@ ROUNDS = 7
 
 
 def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
-    """Kernel → seconds of one run of the site, geometric mean over `TOKENS`; only those that fit."""
+    """Kernel that fits → seconds of one run of the site, geometric mean over `TOKENS`."""
     weight = site.weight.meta["val"]
     if site.kind.name != "linear" or scheme.weight is None:
         return {}

@@ -36,8 +36,8 @@ def linear_int8(
 ) -> Tensor:
     """y = (q_x q_wᵀ) s_x s_w + b with an exact integer product.
 
-    x (…, in) floating point, weight (out, in) int8, scale (out,); x_scale is one number, or None for
-    one scale per token.
+    x (…, in) floating point, weight (out, in) int8, scale (out,); x_scale is one number, or None
+    for one scale per token.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     if x_scale is None:
@@ -49,7 +49,7 @@ def linear_int8(
 
 
 def linear_packed8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """y = (x q_wᵀ) s_w + b; x is rounded to bfloat16. Weight (out, in) int8, scale (out,) float32."""
+    """y = (x q_wᵀ) s_w + b with x rounded to bfloat16; weight (out, in) int8, scale (out,)."""
     rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     # The scale is applied behind the product: inside, it would be rounded to bfloat16.
     one = torch.ones(weight.shape[0], dtype=torch.bfloat16)
@@ -151,40 +151,50 @@ def _table(kernels: list[Kernel]) -> dict[str, Kernel]:
     return {k.name: k for k in kernels}
 
 
-KERNELS = _table([
-    Kernel(
-        "int8",
-        Capability("int8", "linear", "int8:channel", "int8:t*", 5e-3, "exact integer product"),
-        _prepare8,
-        lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_int8(x, w["weight"], w["scale"], b, s),
-    ),
-    Kernel(
-        "packed8",
-        Capability("packed8", "linear", "int8:channel", "float", 2e-2, "bfloat16 activations"),
-        _prepare8,
-        lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed8(x, w["weight"], w["scale"], b),
-    ),
-    Kernel(
-        "packed4",
-        Capability("packed4", "linear", "int4:group*", "float", 3e-2, "bfloat16 activations"),
-        _prepare4,
-        lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed4(
-            x, w["weight"], w["scales"], b, x.shape[-1] // w["scales"].shape[0],
-            w["scales"].shape[1],
+KERNELS = _table(
+    [
+        Kernel(
+            "int8",
+            Capability("int8", "linear", "int8:channel", "int8:t*", 5e-3, "exact integer product"),
+            _prepare8,
+            lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_int8(x, w["weight"], w["scale"], b, s),
         ),
-        _shape4,
-    ),
-    Kernel(
-        "float",
-        Capability("float", "linear", "*", "*", 1e-3, "float weights in memory"),
-        _prepare_float, _call_float,
-    ),
-    Kernel(
-        "gather",
-        Capability("gather", "embedding", "*", "float", 1e-6, "decodes only the rows that are read"),
-        _prepare_float, _call_float,
-    ),
-])
+        Kernel(
+            "packed8",
+            Capability("packed8", "linear", "int8:channel", "float", 2e-2, "bfloat16 activations"),
+            _prepare8,
+            lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed8(x, w["weight"], w["scale"], b),
+        ),
+        Kernel(
+            "packed4",
+            Capability("packed4", "linear", "int4:group*", "float", 3e-2, "bfloat16 activations"),
+            _prepare4,
+            lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed4(
+                x,
+                w["weight"],
+                w["scales"],
+                b,
+                x.shape[-1] // w["scales"].shape[0],
+                w["scales"].shape[1],
+            ),
+            _shape4,
+        ),
+        Kernel(
+            "float",
+            Capability("float", "linear", "*", "*", 1e-3, "float weights in memory"),
+            _prepare_float,
+            _call_float,
+        ),
+        Kernel(
+            "gather",
+            Capability(
+                "gather", "embedding", "*", "float", 1e-6, "decodes only the rows that are read"
+            ),
+            _prepare_float,
+            _call_float,
+        ),
+    ]
+)
 
 
 @lru_cache(maxsize=len(KERNELS))
@@ -220,5 +230,3 @@ def self_test(name: str) -> str | None:
                     "(16-bit partial sums saturate without VNNI)"
                 )
     return None
-
-

@@ -1,7 +1,7 @@
 """Put the CPU's kernels in the place of the reference's operators.
 
-    linear( fakequant(x), dequantize(q, s), b )   →   linear_int8(x, q, s, b)
-    embedding( dequantize(q, s), ids )            →   dequantize( q[ids], s[ids] )
+linear( fakequant(x), dequantize(q, s), b )   →   linear_int8(x, q, s, b)
+embedding( dequantize(q, s), ids )            →   dequantize( q[ids], s[ids] )
 """
 
 from __future__ import annotations
@@ -124,11 +124,12 @@ class LowerEmbedding(Pass):
             ids = site.node.args[1]
             edit.spend("gather", site.node)
             rows = [
-                None if p is None
-                else edit.call(aten.embedding.default, p, ids, like=site.node)
+                None if p is None else edit.call(aten.embedding.default, p, ids, like=site.node)
                 for p in (data, scale, zero)
             ]
-            new = edit.call(qc.dequantize.default, *rows, *rest, like=site.node, replaces=[site.node])
+            new = edit.call(
+                qc.dequantize.default, *rows, *rest, like=site.node, replaces=[site.node]
+            )
             edit.replace(site.node, new)
 
 

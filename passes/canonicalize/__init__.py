@@ -1,9 +1,9 @@
 """Bring a captured graph into the one form that all other passes match.
 
-No-ops go (casts to the same type, full slices, evaluation dropout), equal nodes become one, and what
-the source spelled out is raised to one operator: RMSNorm, LayerNorm, RoPE, grouped-query attention,
-fused splits, Conv1D / addmm / matmul, BatchNorm. Every rule is an equation over the reals, so the
-pass is exact; each file holds the rules of one subject.
+No-ops go (casts to the same type, full slices, evaluation dropout), equal nodes become one, and
+what the source spelled out is raised to one operator: RMSNorm, LayerNorm, RoPE, grouped-query
+attention, fused splits, Conv1D / addmm / matmul, BatchNorm. Every rule is an equation over the
+reals, so the pass is exact; each file holds the rules of one subject.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ def _rotated_halves(node: fx.Node) -> fx.Node | None:
     x = first.args[0]
     half = x.meta["val"].shape[-1] // 2
     low, high = _slice(first), _slice(second)
-    return x if second.args[0] is x and low == (0, half, 1) and high == (half, 2 * half, 1) else None
+    return (
+        x if second.args[0] is x and low == (0, half, 1) and high == (half, 2 * half, 1) else None
+    )
 
 
 def _rotated_pairs(node: fx.Node) -> fx.Node | None:
@@ -59,7 +61,10 @@ def _rotated_pairs(node: fx.Node) -> fx.Node | None:
     if not is_call(node, aten.flatten.using_ints, aten.reshape.default):
         return None
     stack = node.args[0]
-    if not is_call(stack, aten.stack.default) or stack.args[1] not in (-1, stack.meta["val"].ndim - 1):  # type: ignore
+    if not is_call(stack, aten.stack.default) or stack.args[1] not in (
+        -1,
+        stack.meta["val"].ndim - 1,
+    ):  # type: ignore
         return None
     odd, even = stack.args[0]  # type: ignore
     if not is_call(odd, aten.neg.default) or not is_call(even, aten.slice.Tensor):

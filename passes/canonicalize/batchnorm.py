@@ -48,7 +48,8 @@ def _fold(
     per_row = edit.call(aten.reshape.default, scale, column, like=node)
     new_weight = edit.call(aten.mul.Tensor, weight, per_row, like=x)
     shift = (
-        edit.call(aten.neg.default, mean, like=node) if bias is None
+        edit.call(aten.neg.default, mean, like=node)
+        if bias is None
         else edit.call(aten.sub.Tensor, bias, mean, like=node)
     )
     new_bias = edit.call(aten.mul.Tensor, shift, scale, like=node)

@@ -31,7 +31,12 @@ def raise_linear(edit: Edit) -> None:
             continue
         edit.spend("a product with a weight is linear", node)
         new = edit.call(
-            aten.linear.default, x, _transposed(edit, weight, node), bias, like=node, replaces=[node]
+            aten.linear.default,
+            x,
+            _transposed(edit, weight, node),
+            bias,
+            like=node,
+            replaces=[node],
         )
         edit.replace(node, new)
 
@@ -80,6 +85,10 @@ def drop_flattening(edit: Edit) -> None:
         if kept and same_size(before[-1], flat.meta["val"].shape[-1]):
             edit.spend("a linear works on the last axis of any shape", node, product)
             new = edit.call(
-                aten.linear.default, x, *product.args[1:], like=product, replaces=[product, node]  # type: ignore
+                aten.linear.default,
+                x,
+                *product.args[1:],
+                like=product,
+                replaces=[product, node],  # type: ignore
             )
             edit.replace(node, new)

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm, raised from the arithmetic that sources spell out.
 
-    rms(x)   = x / sqrt(mean(x²) + eps)                       (Zhang & Sennrich 2019, eq. 4)
-    layer(x) = rms(x - mean(x))                               (Ba et al. 2016, eq. 3)
+rms(x)   = x / sqrt(mean(x²) + eps)                       (Zhang & Sennrich 2019, eq. 4)
+layer(x) = rms(x - mean(x))                               (Ba et al. 2016, eq. 3)
 """
 
 from __future__ import annotations
@@ -142,8 +142,10 @@ def _inverse_rms(node: fx.Node, x: fx.Node, factor: fx.Node) -> float | None:
         return None
     square = mean.args[0]
     squared = (
-        square.args[0] if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
-        else square.args[0] if is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]
+        square.args[0]
+        if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
+        else square.args[0]
+        if is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]
         else None
     )
     return eps if squared is x else None

@@ -13,15 +13,26 @@ from qcompiler.program import is_tensor, op_name
 aten = torch.ops.aten
 
 CASTS = {
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
     aten._to_copy.default,
 }
 COPIES = {
-    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
-    aten.detach_.default, aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
 }
 RESHAPES = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
     aten.slice.Tensor,
 }
 NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
@@ -84,7 +95,10 @@ def raise_splits(edit: Edit) -> None:
             edit.spend("one part of unbind is a selection", node)
             new = edit.call(aten.select.int, x, dim, index, like=node, replaces=[node])
         elif source.target in (
-            aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default
+            aten.split.Tensor,
+            aten.split_with_sizes.default,
+            aten.split.sizes,
+            aten.chunk.default,
         ):
             where = _part(source, index)
             if where is None or not isinstance(x, fx.Node):

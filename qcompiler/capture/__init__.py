@@ -48,13 +48,13 @@ def capture(
 ) -> Program:
     """Capture `model` as a `Program`, without changing it; the tensors are shared, not copied.
 
-    `example_inputs`: a tensor, a tuple of positional inputs, or a mapping of keyword inputs. Folders
-    and factories bring their own when none are given.
+    `example_inputs`: a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+    Folders and factories bring their own when none are given.
 
     `dynamic`: None makes the batch of every input and the sequence of token inputs dynamic where
     the model allows it; False keeps the example's sizes; a mapping such as
-    `{"input_ids": {0: "batch", 1: "sequence"}}` says it exactly, and a dimension that the model then
-    fixes is an error.
+    `{"input_ids": {0: "batch", 1: "sequence"}}` says it exactly, and a dimension that the model
+    then fixes is an error.
     """
     return open_model(model, example_inputs, dynamic=dynamic)[0]
 
@@ -96,7 +96,9 @@ def _load_pt2(path: Path) -> torch.export.ExportedProgram:
     try:
         return torch.export.load(path)
     except Exception as error:  # torch raises many types here, down to zipfile and json errors
-        raise BadInput(f"{path} is no exported program of torch {torch.__version__}: {error}") from error
+        raise BadInput(
+            f"{path} is no exported program of torch {torch.__version__}: {error}"
+        ) from error
 
 
 def _load_factory(text: str, example_inputs: object) -> tuple[torch.nn.Module, object]:

@@ -45,11 +45,13 @@ def from_exported(
     """
     exported = functionalize(exported)
     graph = copy_graph(exported.graph)
+    # fx gives a copied node another name where the old one is a Python builtin, such as `input`.
+    copies = {old.name: new for old, new in zip(exported.graph.nodes, graph.nodes, strict=True)}
     for node in list(graph.nodes):
         if node.target in ASSERTIONS:  # our own signature checks the inputs at each call
             graph.erase_node(node)
-    slots, params = _lift(graph, exported)
-    _drop_dead(graph, {s.arg.name for s in _user_inputs(exported)})
+    slots, params = _lift(copies, exported)
+    _drop_dead(graph, {copies[s.arg.name] for s in _user_inputs(exported)})
     slots = {n.name: slots[n.name] for n in graph.nodes if n.name in slots}
     counters: dict[str, int] = {}
     for node in graph.nodes:
@@ -58,13 +60,11 @@ def from_exported(
         graph=graph,
         params={name: params[name] for name in slots.values()},
         slots=slots,
-        io=_signature(exported, graph, slots, names),
+        io=_signature(exported, copies, names),
         counters=counters,
     )
     after = diff.snapshot(program)
-    step = Step(
-        "capture", "capture", None, diff.Diff(), after, notes=(note,) if note else ()
-    )
+    step = Step("capture", "capture", None, diff.Diff(), after, notes=(note,) if note else ())
     return replace(program, history=(step,))
 
 
@@ -73,10 +73,9 @@ def _user_inputs(exported: torch.export.ExportedProgram) -> list[InputSpec]:
 
 
 def _lift(
-    graph: fx.Graph, exported: torch.export.ExportedProgram
+    copies: dict[str, fx.Node], exported: torch.export.ExportedProgram
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Slots and parameters. Names that share one tensor become one parameter: ties are a fact."""
-    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     slots: dict[str, str] = {}
     params: dict[str, Tensor] = {}
     first: dict[tuple[object, ...], fx.Node] = {}
@@ -84,11 +83,13 @@ def _lift(
         if spec.kind is InputKind.USER_INPUT:
             continue
         if not isinstance(spec.arg, TensorArgument):
-            raise BadInput(f"the model lifts {spec.target!r} ({spec.kind.name}); only tensors can be")
+            raise BadInput(
+                f"the model lifts {spec.target!r} ({spec.kind.name}); only tensors can be"
+            )
         value = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
         if not isinstance(value, Tensor):
             raise BadInput(f"the exported program has no tensor for {spec.target!r}")
-        node = nodes[spec.arg.name]
+        node = copies[spec.arg.name]
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
         if value.numel() and key in first:
             node.replace_all_uses_with(first[key])
@@ -99,10 +100,10 @@ def _lift(
     return slots, params
 
 
-def _drop_dead(graph: fx.Graph, inputs: set[str]) -> None:
+def _drop_dead(graph: fx.Graph, inputs: set[fx.Node]) -> None:
     """Erase what nobody reads; the user's inputs stay, used or not."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op != "output" and node.name not in inputs:
+        if not node.users and node.op != "output" and node not in inputs:
             graph.erase_node(node)
 
 
@@ -124,11 +125,9 @@ def _tag(node: fx.Node, slots: dict[str, str], counters: dict[str, int]) -> None
 
 def _signature(
     exported: torch.export.ExportedProgram,
-    graph: fx.Graph,
-    slots: dict[str, str],
+    copies: dict[str, fx.Node],
     names: tuple[str, ...],
 ) -> Signature:
-    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     symbols: dict[str, str] = {}
     ranges = {str(s): r for s, r in exported.range_constraints.items()}
     flat = [s.arg for s in _user_inputs(exported)]
@@ -140,7 +139,7 @@ def _signature(
             continue
         if isinstance(argument, SymIntArgument) or not isinstance(argument, TensorArgument):
             raise BadInput(f"input {argument.name!r} is no tensor; expected tensors or constants")
-        value = nodes[argument.name].meta["val"]
+        value = copies[argument.name].meta["val"]
         shape = tuple(_dim(s, axis, symbols) for axis, s in enumerate(value.shape))
         sample = example[index] if index < len(example) else None
         low, high = (0.0, 1.0)

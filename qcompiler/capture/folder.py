@@ -69,7 +69,9 @@ def _check_loading(path: Path, report: dict[str, object]) -> None:
         found = sorted(str(k) for k in report.get(key) or ())  # type: ignore[attr-defined]
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise BadInput(f"{path} {words} {', '.join(found[:3])}{more}; config and weights differ")
+            raise BadInput(
+                f"{path} {words} {', '.join(found[:3])}{more}; config and weights differ"
+            )
 
 
 def _example(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -87,7 +89,11 @@ def _example(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         shape = (2, config.num_channels, height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator, dtype=next(module.parameters()).dtype)}
+        return {
+            "pixel_values": torch.randn(
+                shape, generator=generator, dtype=next(module.parameters()).dtype
+            )
+        }
     raise BadInput(f"the model's main input is {main!r}; hand over example_inputs for it")
 
 

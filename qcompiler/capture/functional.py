@@ -46,7 +46,7 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _overwrites_own_input(node: fx.Node) -> bool:
-    """Whether `node` is `op_(x, …)` with a functional twin, and x is a fresh value that only it reads."""
+    """Whether `node` is `op_(x, …)` with a functional twin, on a fresh x that only it reads."""
     x = node.args[0] if node.args else None
     if _functional_twin(node.target) is None or not isinstance(x, fx.Node):
         return False
@@ -79,10 +79,14 @@ def _is_wrapper(node: fx.Node) -> bool:
 
 def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     """Put the nodes of a wrapped sub-graph in place of the call."""
-    where = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    where = next(
+        i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
+    )
     options, body, inputs = node.args[:where], node.args[where], node.args[where + 1 :]
     if "autocast" in node.target.__name__ and options[2] is not False:  # type: ignore[union-attr]
-        raise BadInput("the model runs under autocast; capture it with the types that it shall have")
+        raise BadInput(
+            "the model runs under autocast; capture it with the types that it shall have"
+        )
     assert isinstance(body, fx.Node)
     inner: fx.Graph = getattr(module, str(body.target)).graph
     graph = node.graph

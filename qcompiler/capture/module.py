@@ -118,7 +118,7 @@ def _forward_names(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _without_cache(module: torch.nn.Module, kwargs: dict[str, object]) -> dict[str, object]:
-    """A stateless program wants no cache object in its outputs: switch it off where there is one."""
+    """A stateless program wants no cache object in its outputs: it is switched off."""
     config = getattr(module, "config", None)
     if getattr(config, "use_cache", None) and "use_cache" in _forward_names(module):
         return {**kwargs, "use_cache": kwargs.get("use_cache", False)}

@@ -21,10 +21,17 @@ class Account:
     def __str__(self) -> str:
         rows = [("#", "pass", "effect", "changes", "skipped", "error", "seconds")]
         for number, step in enumerate(self.steps):
-            rows.append((
-                str(number), step.spec, step.effect or "", str(step.diff),
-                str(len(step.skipped) or ""), error_text(step), f"{step.seconds:.2f}",
-            ))
+            rows.append(
+                (
+                    str(number),
+                    step.spec,
+                    step.effect or "",
+                    str(step.diff),
+                    str(len(step.skipped) or ""),
+                    error_text(step),
+                    f"{step.seconds:.2f}",
+                )
+            )
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         return "\n".join(
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
@@ -46,10 +53,7 @@ class Account:
 
     def find(self, id: str) -> list[int]:
         """Numbers of the steps behind which the node or parameter `id` exists."""
-        found = [
-            n for n, s in enumerate(self.steps)
-            if id in s.after.nodes or id in s.after.params
-        ]
+        found = [n for n, s in enumerate(self.steps) if id in s.after.nodes or id in s.after.params]
         if not found:
             everything = {i for s in self.steps for i in (*s.after.nodes, *s.after.params)}
             raise unknown("node", id, everything)

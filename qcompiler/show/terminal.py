@@ -27,8 +27,13 @@ def steps_table(account: Account) -> Table:
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for number, step in enumerate(account.steps):
         table.add_row(
-            str(number), step.spec, step.effect or "", str(step.diff),
-            str(len(step.skipped) or ""), error_text(step), f"{step.seconds:.2f}",
+            str(number),
+            step.spec,
+            step.effect or "",
+            str(step.diff),
+            str(len(step.skipped) or ""),
+            error_text(step),
+            f"{step.seconds:.2f}",
         )
     return table
 
@@ -57,8 +62,12 @@ def print_diff(console: Console, change: Diff) -> None:
     """Every change by id, grouped by kind."""
     console.print(str(change))
     groups = {
-        "+": change.added, "-": change.removed, "~": change.rewired,
-        "p+": change.params_added, "p-": change.params_removed, "p~": change.params,
+        "+": change.added,
+        "-": change.removed,
+        "~": change.rewired,
+        "p+": change.params_added,
+        "p-": change.params_removed,
+        "p~": change.params,
     }
     for mark, ids in groups.items():
         for id in ids:
@@ -91,7 +100,8 @@ def print_spaces(console: Console, found: list[Space]) -> None:
         console.print(
             f"space {row['id']} ({row['kind']}, {space.size} channels): written by {written}; "
             f"read by {read}",
-            highlight=False, markup=False,
+            highlight=False,
+            markup=False,
         )
         for blocker in space.blocked_by[:MOST]:
             console.print(
@@ -105,8 +115,11 @@ def space_rows(found: list[Space]) -> list[dict[str, object]]:
     """Spaces as `--json` prints them."""
     return [
         {
-            "id": s.id, "size": s.size, "kind": "diagonal",
-            "producers": _ids(s.producers), "consumers": _ids(s.consumers),
+            "id": s.id,
+            "size": s.size,
+            "kind": "diagonal",
+            "producers": _ids(s.producers),
+            "consumers": _ids(s.consumers),
             "blocked_by": [{"node": b.node, "reason": b.reason} for b in s.blocked_by],
         }
         for s in found

@@ -1,9 +1,9 @@
 """The axes of every value of a program, and the statements that operators make about them.
 
-`Walk` goes through the graph once. It gives each axis of each value a term, unifies what is the same
-axis, and notes what each operator says about maps on its axes: `Product` (scales add up over the
-factors), `Same` (a leaf of one value is a leaf of another), `Mark` (here nothing passes). A kind of
-map (diagonal, orthogonal, …) reads these statements; it never looks at operators again.
+`Walk` goes through the graph once. It gives each axis of each value a term, unifies what is the
+same axis, and notes what each operator says about maps on its axes: `Product` (scales add up over
+the factors), `Same` (a leaf of one value is a leaf of another), `Mark` (here nothing passes). A
+kind of map (diagonal, orthogonal, …) reads these statements; it never looks at operators again.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ class Axes:
 
     # --- statements ----------------------------------------------------------------------------
 
-    def mark(self, node: fx.Node, value: Value, reason: str, axes: Sequence[int] | None = None) -> None:
+    def mark(
+        self, node: fx.Node, value: Value, reason: str, axes: Sequence[int] | None = None
+    ) -> None:
         """Nothing passes on these axes (all by default) of `value`."""
         for axis in range(len(value.axes)) if axes is None else axes:
             self.statements.append(Mark(node, Place(value, axis % len(value.axes)), reason))
 
-    def same(
-        self, node: fx.Node, pairs: Sequence[tuple[Sequence[Place], Sequence[Place]]]
-    ) -> None:
+    def same(self, node: fx.Node, pairs: Sequence[tuple[Sequence[Place], Sequence[Place]]]) -> None:
         """Both sides of each pair are the same axes, possibly split differently."""
         kept = []
         for left, right in pairs:
@@ -151,9 +151,7 @@ class Axes:
         """Axis i of `a` is axis i of `b`."""
         self.same(node, [([Place(a, i)], [Place(b, i)]) for i in range(len(a.axes))])
 
-    def product(
-        self, node: fx.Node, text: str, operands: Sequence[Value], result: Value
-    ) -> None:
+    def product(self, node: fx.Node, text: str, operands: Sequence[Value], result: Value) -> None:
         """State `result = product(operands)` in the notation of `semantics.py` (no numbers)."""
         left, _, right = text.partition("->")
         terms: dict[str, Term] = {}

@@ -1,7 +1,7 @@
 """Diagonal maps: which channels may be scaled, by the same factors, without changing the program.
 
-The unknowns are log-scales, one per *leaf* (an atom on an axis of a value). Statements about axes are
-linear equations between them, the same for every index of the atom::
+The unknowns are log-scales, one per *leaf* (an atom on an axis of a value). Statements about axes
+are linear equations between them, the same for every index of the atom::
 
     y = x                    views, ReLU, a linear's output and its weight's rows
     x + w = 0                a summed index: one side takes t, the other 1/t
@@ -324,7 +324,8 @@ class _Report:
         factors = [a for a in sorted(parallel, key=id_of) if isinstance(a.size, int)] + [root.atom]
         indexed = [
             (leaf, c, p, _index(leaf, factors))
-            for (leaf, c), p in zip(real, is_param, strict=True) if _fixed_axes(leaf)
+            for (leaf, c), p in zip(real, is_param, strict=True)
+            if _fixed_axes(leaf)
         ]
         size = int(np.prod([int(a.size) for a in factors]))
         blockers = tuple(self._system.marks.get(root, {}))
@@ -384,7 +385,7 @@ def _fixed_axes(leaf: Leaf) -> bool:
 
 
 def _index(leaf: Leaf, factors: list[Atom]) -> Tensor:
-    """Flat position in the scale for each index of the tensor; the scale's size where it has none."""
+    """Flat position in the scale of each index of the tensor; the scale's size for none."""
     total = int(np.prod([int(a.size) for a in factors]))
     rank = len(leaf.value.axes)
     own = digits(leaf.value.axes[leaf.axis])[leaf.number]
@@ -420,12 +421,14 @@ def _orientation(graph: fx.Graph, activations: list[tuple[Leaf, int]]) -> int:
 
 
 def _largest(spaces: list[Space]) -> list[Space]:
-    """Leave out a space that another one contains: a scale per head, beside one per head and channel."""
+    """Leave out a space that another contains: a scale per head, beside one per channel."""
     kept = []
     for space in spaces:
         mine = {(m.node, m.exponent) for m in space.params}
         contained = any(
-            other is not space and other.size > space.size and not other.blocked_by
+            other is not space
+            and other.size > space.size
+            and not other.blocked_by
             and mine <= {(m.node, m.exponent) for m in other.params}
             and other.size % space.size == 0
             for other in spaces

@@ -252,7 +252,8 @@ def _attention(axes: Axes, node: fx.Node) -> None:
     wide_q = _grouped(axes, node, q, group, repeat)
     wide_out = _grouped(axes, node, result, group, repeat)
     scores = axes.new(
-        node, virtual=True,
+        node,
+        virtual=True,
         axes=[q.axes[0], group, wide_q.axes[2], q.axes[2], k.axes[2]],
     )
     axes.product(node, "b g r s d, b g t d -> b g r s t", [wide_q, k], scores)
@@ -265,7 +266,9 @@ def _grouped(axes: Axes, node: fx.Node, x: Value, group: object, repeat: int) ->
     """(b, g·r, s, d) seen as (b, g, r, s, d)."""
     factor = fresh(repeat)
     wide = axes.new(
-        node, virtual=True, axes=[x.axes[0], group, factor, x.axes[2], x.axes[3]]  # type: ignore[list-item]
+        node,
+        virtual=True,
+        axes=[x.axes[0], group, factor, x.axes[2], x.axes[3]],  # type: ignore[list-item]
     )
     split = [Place(wide, 1), Place(wide, 2)] if repeat > 1 else [Place(wide, 1)]
     pairs = [([Place(x, 0)], [Place(wide, 0)]), ([Place(x, 1)], split)]
@@ -302,15 +305,13 @@ def _rope(axes: Axes, node: fx.Node) -> None:
 
 def _slice(axes: Axes, node: fx.Node) -> None:
     x = _input(axes, node)
-    _, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    _, axis, start, _end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
     result = axes.new(node)
     if x is None:
         return axes.mark(node, result, "it is made from integers")
     axis %= len(x.axes)  # type: ignore[operator]
     width, length = shape_of(node.args[0])[axis], shape_of(node)[axis]  # type: ignore[arg-type,index]
-    pairs = [
-        ([Place(x, i)], [Place(result, i)]) for i in range(len(x.axes)) if i != axis
-    ]
+    pairs = [([Place(x, i)], [Place(result, i)]) for i in range(len(x.axes)) if i != axis]
     if step == 1 and isinstance(width, int) and isinstance(length, int):
         first = max(start + width if (start or 0) < 0 else start or 0, 0)  # type: ignore
         pairs.append(([Place(x, axis, first, first + length)], [Place(result, axis)]))  # type: ignore
@@ -328,9 +329,7 @@ def _select(axes: Axes, node: fx.Node) -> None:
     axis = node.args[1] % len(x.axes)  # type: ignore[operator]
     kept = [i for i in range(len(x.axes)) if i != axis]
     axes.mark(node, x, "one index of it is selected", [axis])
-    return axes.same(
-        node, [([Place(x, i)], [Place(result, j)]) for j, i in enumerate(kept)]
-    )
+    return axes.same(node, [([Place(x, i)], [Place(result, j)]) for j, i in enumerate(kept)])
 
 
 def _cat(axes: Axes, node: fx.Node) -> None:

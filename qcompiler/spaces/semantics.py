@@ -5,8 +5,8 @@ for axes, `*` for leading axes that all share, and `(g r)` for an axis that merg
 
     linear:   "0:* k, 1:n k -> * n"   and   "2:n -> * n"       y = x Wᵀ  +  b
 
-Elementwise operators are named by how they treat a positive scale of their input: `PASS` (linear, or
-positively homogeneous), `BREAK` (neither). Operators with hidden intermediate values (attention,
+Elementwise operators are named by how they treat a positive scale of their input: `PASS` (linear,
+or positively homogeneous), `BREAK` (neither). Operators with hidden intermediate values (attention,
 norms) say so as a sequence of products over virtual values, in `spaces/rules.py`.
 """
 
@@ -35,29 +35,73 @@ ELEMENTWISE_SUM = {aten.add.Tensor, aten.sub.Tensor}
 """Binary operators with broadcasting; with a Python number, see `rules.py`."""
 
 PASS: set[object] = {
-    aten.neg.default, aten.relu.default, aten.relu_.default, aten.leaky_relu.default,
-    aten.abs.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default,
-    aten.type_as.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
-    aten.detach.default, aten.dropout.default,
+    aten.neg.default,
+    aten.relu.default,
+    aten.relu_.default,
+    aten.leaky_relu.default,
+    aten.abs.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
 }
 
 BREAK: set[object] = {
-    aten.silu.default, aten.gelu.default, aten.tanh.default, aten.sigmoid.default,
-    aten.exp.default, aten.log.default, aten.sqrt.default, aten.rsqrt.default, aten.sin.default,
-    aten.cos.default, aten.erf.default, aten.softplus.default, aten.elu.default,
-    aten.hardtanh.default, aten.hardswish.default, aten.hardsigmoid.default, aten.mish.default,
-    aten.pow.Tensor_Scalar, aten.clamp.default, aten.clamp_min.default, aten.reciprocal.default,
-    aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar, aten.log1p.default, aten.relu6.default,
-    aten.square.default, aten.round.default, aten.floor.default, qc.fake_quantize.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.exp.default,
+    aten.log.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.sin.default,
+    aten.cos.default,
+    aten.erf.default,
+    aten.softplus.default,
+    aten.elu.default,
+    aten.hardtanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.mish.default,
+    aten.pow.Tensor_Scalar,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.reciprocal.default,
+    aten.add.Scalar,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.log1p.default,
+    aten.relu6.default,
+    aten.square.default,
+    aten.round.default,
+    aten.floor.default,
+    qc.fake_quantize.default,
 }
 REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
 POOLS = {
-    aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
-    aten.max_pool1d.default, aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default,
+    aten.max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.max_pool1d.default,
+    aten.avg_pool1d.default,
+    aten.adaptive_avg_pool1d.default,
 }
 RESHAPES = {
-    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.squeeze.dims,
     aten.unflatten.int,
 }
 PERMUTATIONS = {aten.transpose.int, aten.permute.default, aten.t.default}

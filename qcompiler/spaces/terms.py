@@ -73,7 +73,7 @@ def fresh(n: int | torch.SymInt) -> Atom:
 
 
 def resolve(term: Term) -> Term:
-    """Normal form: links followed, products and sums flat, sums outside leading factors, no ones."""
+    """Normal form: links followed, products and sums flat, leading sums outside, no ones."""
     if isinstance(term, Atom):
         return term if term.link is None else resolve(term.link)
     parts = [resolve(p) for p in term.parts]

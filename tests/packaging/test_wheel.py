@@ -1,4 +1,4 @@
-"""The installed wheel, from a directory that is not the checkout. Run by `.ci/run` in its own venv."""
+"""The installed wheel, used from another directory; `.ci/run` runs it in its own venv."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def test_compile_save_load(tmp_path: Path) -> None:
 def test_command_line() -> None:
     done = subprocess.run(
         [str(Path(sys.executable).parent / "qcompiler"), "passes", "--json"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert '"canonicalize"' in done.stdout
