@@ -1,4 +1,4 @@
-"""Passes that are broken on purpose: each is caught, rolled back, and named to its first bad edit."""
+"""Passes broken on purpose: each is caught, rolled back, and named to its first bad edit."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_optional_pass_may_do_nothing(canonical: Callable[[str], Program]) -> No
 
 
 def test_compile_falls_back_from_a_kernel_that_is_off() -> None:
-    """A lowering whose second site is wrong: that site goes back to the reference, with the reason."""
+    """A lowering whose second site is wrong: that site goes back to the reference, and says why."""
 
     @dataclass(frozen=True, kw_only=True)
     class Lower(Pass):

@@ -1,0 +1,147 @@
+"""Capture: equal to the source, at other sizes too, and clear about what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import qcompiler
+from qcompiler import BadInput, Program
+from qcompiler.io import as_call
+
+Captured = Callable[..., tuple[nn.Module, object, Program]]
+
+
+def outputs(run: Callable[..., object], inputs: object) -> list[torch.Tensor]:
+    args, kwargs = as_call(inputs)
+    with torch.no_grad():
+        return [t for t in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def first_tensors(model: nn.Module, inputs: object, count: int) -> list[torch.Tensor]:
+    """The source model's outputs; a cache, which the program leaves out, comes after them."""
+    return outputs(model, inputs)[:count]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_equal_to_the_source(name: str, dtype: torch.dtype, captured: Captured) -> None:
+    model, example, program = captured(name, dtype)
+    for inputs in (example, other_sizes(example)):
+        got = outputs(program, inputs)
+        want = first_tensors(model, inputs, len(got))
+        for a, b in zip(want, got, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def other_sizes(inputs: object) -> object:
+    """Another batch, and another length where there is a sequence."""
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x, x[:2]])
+        return torch.cat([x, x[:, :4]], 1) if x.ndim == 2 else x
+
+    return pytree.tree_map_only(torch.Tensor, change, inputs)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_parameters_keep_their_names(name: str, captured: Captured) -> None:
+    model, _, program = captured(name)
+    known = {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert set(program.params) <= known
+    trained = [n for n, p in model.named_parameters() if p.ndim > 1]
+    assert set(trained) <= set(program.params)
+    assert all(not getattr(n.target, "_schema", None) or not n.target._schema.is_mutable
+               for n in program.nodes if n.op == "call_function")  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "table"), [("gpt2", "wte"), ("opt", "embed_tokens")])
+def test_tied_weights_are_one_parameter(name: str, table: str, captured: Captured) -> None:
+    program = captured(name)[2]
+    assert "lm_head.weight" not in program.params
+    node = next(n for n in program.nodes if (program.param_of(n) or "").endswith(f"{table}.weight"))
+    assert len(node.users) == 2
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    model, example = zoo.build("cnn")
+    model.train()
+    model.fc.weight.requires_grad_(False)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    qcompiler.capture(model, example)
+    assert model.training and model.bn.training
+    assert model.stem.weight.requires_grad and not model.fc.weight.requires_grad
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1)
+        return x + self.count
+
+
+class Branch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum() > 0 else x - 1
+
+
+def test_state_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"writes into 'count'.*without state"):
+        qcompiler.capture(Counter(), torch.ones(2, 3))
+
+
+def test_data_dependent_branch_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"branches on the values of a tensor.*torch.where"):
+        qcompiler.capture(Branch(), torch.ones(2, 3))
+
+
+def test_nan_in_weights_is_refused() -> None:
+    model = nn.Linear(4, 4)
+    model.weight.data[1, 2] = float("nan")
+    with pytest.raises(BadInput, match=r"'weight' has 1 NaN or infinite values of 16"):
+        qcompiler.capture(model, torch.ones(2, 4))
+
+
+def test_inputs_are_checked(captured: Captured) -> None:
+    _, example, program = captured("bert")
+    ids, mask = example["input_ids"], example["attention_mask"]
+    assert len(outputs(program, (ids, mask))) == 2  # by position, as the model allows
+    for bad, words in (
+        ({"input_ids": ids}, "attention_mask"),
+        ({**example, "labels": ids}, "labels"),
+        ({"input_ids": ids.float(), "attention_mask": mask}, "found torch.float32"),
+        ({"input_ids": ids[0], "attention_mask": mask}, r"does not take shape \[11\]"),
+        ({"input_ids": ids[:, :5], "attention_mask": mask}, "sequence = 5"),
+        ({"input_ids": "text", "attention_mask": mask}, "found str"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            program(**bad)
+
+
+def test_dynamic_said_exactly() -> None:
+    model = nn.Linear(4, 3)
+    fixed = qcompiler.capture(model, torch.ones(2, 4), dynamic=False)
+    with pytest.raises(BadInput, match="does not take shape"):
+        fixed(torch.ones(3, 4))
+    named = qcompiler.capture(model, torch.ones(2, 4), dynamic={"input": {0: "rows"}})
+    assert named(torch.ones(7, 4)).shape == (7, 3)
+    with pytest.raises(BadInput, match="dynamic names"):
+        qcompiler.capture(model, torch.ones(2, 4), dynamic={"inputs": {0: "rows"}})
+
+
+def test_exported_file(tmp_path: Path, captured: Captured) -> None:
+    model, example, program = captured("cnn")
+    torch.export.save(torch.export.export(model.eval(), (example,)), tmp_path / "cnn.pt2")
+    again = qcompiler.capture(tmp_path / "cnn.pt2")
+    torch.testing.assert_close(again(example), program(example), rtol=0, atol=1e-6)
