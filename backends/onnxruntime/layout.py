@@ -27,7 +27,9 @@ class Weight:
     """int16 like `scale`."""
 
     @classmethod
-    def of(cls, node: fx.Node, name: str, data: Tensor, scale: Tensor, zero: Tensor | None) -> Weight:
+    def of(
+        cls, node: fx.Node, name: str, data: Tensor, scale: Tensor, zero: Tensor | None
+    ) -> Weight:
         """From the parameters of a `qc::dequantize` node."""
         fmt = QFormat.parse(str(node.args[3]))
         width = node.args[4]
@@ -58,7 +60,7 @@ def container(bits: int) -> int:
 
 
 def unsigned(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """uint8 numbers that fill the container, and their zero points where they are not its middle."""
+    """Numbers that fill the container, and their zero points where they are not its middle."""
     middle = 2 ** (container(weight.format.bits) - 1)
     offset = middle if weight.format.signed else 0
     zero = weight.zero

@@ -34,7 +34,7 @@ qc = torch.ops.qc
 
 
 class Rewriter:
-    """A private copy of the program's graph, rewritten once by `run`."""
+    """A private copy of the program's graph, rewritten when it is made."""
 
     def __init__(self, program: Program) -> None:
         self.graph = copy_graph(program.graph)
@@ -47,8 +47,6 @@ class Rewriter:
         self._slots = program.slots
         self._constants: dict[str, fx.Node] = {}
         self._tokens: dict[fx.Node, fx.Node] = {}
-
-    def run(self) -> None:
         for site in sites(list(self.graph.nodes)):
             self._site(site)
         for node in list(self.graph.nodes):
@@ -66,17 +64,22 @@ class Rewriter:
         weight = self._weight(site.weight)
         if weight is None:
             return
-        scheme = Scheme(weight.format, _format(site.x))
-        found = names.kernel_of(site, scheme)
+        found = names.kernel_of(site, Scheme(weight.format, _format(site.x)))
         if found is None:
             return
-        plain = found.kernel == names.CONV_QDQ and not _requantized(site.node)
-        self.kernels[site.id] = names.CONV if plain else found.kernel
+        kernel = found.kernel
+        if kernel == names.CONV_QDQ and not _requantized(site.node):
+            kernel = names.CONV
+        self.kernels[site.id] = kernel
         makers: dict[str, Callable[[Site, Weight], None]] = {
-            names.INTEGER: self._integer, names.QDQ: self._qdq, names.CONV_QDQ: self._qdq_conv,
-            names.NBITS: self._nbits, names.TWO_NBITS: self._nbits, names.GATHER: self._gather,
+            names.INTEGER: self._integer,
+            names.QDQ: self._qdq,
+            names.CONV_QDQ: self._qdq_conv,
+            names.NBITS: self._nbits,
+            names.TWO_NBITS: self._nbits,
+            names.GATHER: self._gather,
         }
-        if make := makers.get(self.kernels[site.id]):
+        if make := makers.get(kernel):
             make(site, weight)
 
     def _weight(self, node: fx.Node) -> Weight | None:
@@ -85,38 +88,38 @@ class Rewriter:
             node = node.args[0]
         if node.target is not qc.dequantize.default:
             return None
-        data, scale, zero = node.args[:3]
-        assert isinstance(data, fx.Node) and isinstance(scale, fx.Node)
-        return Weight.of(
-            node, self._slots[data.name].removesuffix(".data"), self.tensors[data.name],
-            self.tensors[scale.name],
-            self.tensors[zero.name] if isinstance(zero, fx.Node) else None,
+        data, scale, zero = (
+            self.tensors[n.name] if isinstance(n, fx.Node) else None for n in node.args[:3]
         )
+        assert isinstance(node.args[0], fx.Node) and data is not None and scale is not None
+        name = self._slots[node.args[0].name].removesuffix(".data")
+        return Weight.of(node, name, data, scale, zero)
 
     def _integer(self, site: Site, weight: Weight) -> None:
         source, fmt = site.x, _format(site.x)
         assert source is not None and fmt is not None
+        zero = self._constant("zero_128", torch.tensor(128, dtype=torch.uint8))
         if source not in self._tokens:
+            one = self._constant("one", torch.tensor(1.0))
             self._tokens[source] = self._call(
-                kernels.quantize_tokens, source.args[0], self._constant("one", torch.tensor(1.0)),
-                self._middle(), _axes(fmt, source), fmt.qmax, like=source, before=source,
+                source,
+                kernels.quantize_tokens,
+                source.args[0],
+                _axes(fmt, source),
+                fmt.qmax,
+                one,
+                zero,
             )
-        data, scale, zero = self._rows(weight, transpose=True)
-        self._swap(
-            site.node, kernels.integer_linear, self._tokens[source], data, scale, zero, site.bias,
-            self._middle(),
-        )
+        rows = self._rows(weight, transpose=True)
+        self._swap(site.node, kernels.integer_linear, self._tokens[source], zero, *rows, site.bias)
 
     def _qdq(self, site: Site, weight: Weight) -> None:
-        data, scale, zero = self._rows(_with_zero(weight), transpose=True)
-        self._swap(site.node, kernels.qdq_linear, site.x, data, scale, zero, site.bias)
+        rows = self._rows(_with_zero(weight), transpose=True)
+        self._swap(site.node, kernels.qdq_linear, site.x, *rows, site.bias)
 
     def _qdq_conv(self, site: Site, weight: Weight) -> None:
-        shape = tuple(site.weight.meta["val"].shape)
-        data, scale, zero = self._rows(_with_zero(weight), shape=shape)
-        new = self._call(
-            kernels.dequantize_linear, data, scale, zero, like=site.node, before=site.node
-        )
+        rows = self._rows(_with_zero(weight), shape=tuple(site.weight.meta["val"].shape))
+        new = self._call(site.node, kernels.dequantize_linear, *rows)
         site.node.update_arg(site.kind.weight, new)
 
     def _nbits(self, site: Site, weight: Weight) -> None:
@@ -124,7 +127,7 @@ class Rewriter:
         assert block is not None
         stored = [
             tuple(
-                None if t is None else self._constant(f"{weight.name}.plane{i}.{part}", t)
+                self._constant(f"{weight.name}.plane{i}.{part}", t)
                 for part, t in (("data", p.data), ("scale", p.scale), ("zero", p.zero))
             )
             for i, p in enumerate(planes(weight, block))
@@ -133,16 +136,21 @@ class Rewriter:
         self._swap(site.node, kernels.nbits_linear, site.x, stored, site.bias, bits, block)
 
     def _gather(self, site: Site, weight: Weight) -> None:
-        bits, width = container(weight.format.bits), weight.data.shape[1]
+        bits = container(weight.format.bits)
         fields, zero = unsigned(weight)
         self._swap(
-            site.node, kernels.gather_rows, site.node.args[1],
+            site.node,
+            kernels.gather_rows,
+            site.node.args[1],
             self._constant(f"{weight.name}.table", pack_fields(fields, bits)),
             self._constant(f"{weight.name}.table_scale", weight.scale),
-            self._optional(f"{weight.name}.table_zero", zero), self._group(weight), width, bits,
+            self._constant(f"{weight.name}.table_zero", zero),
+            self._group(weight),
+            weight.data.shape[1],
+            bits,
         )
 
-    # --- what belongs to no site ---------------------------------------------------------------
+    # --- what belongs to no kernel -------------------------------------------------------------
 
     def _fake_quantize(self, node: fx.Node) -> None:
         x, _, scale, zero = [*node.args, None, None][:4]
@@ -151,13 +159,16 @@ class Rewriter:
         if isinstance(scale, fx.Node) and fmt.block is None and scale.name in self.tensors:
             offset = 128 if fmt.signed else 0
             if fmt.symmetric and _non_negative(x):
-                offset = 0  # the same numbers; a Relu in front then costs nothing
+                offset = 0  # the same numbers, and a Relu in front becomes part of the rounding
             middle = offset + (int(self.tensors[zero.name]) if isinstance(zero, fx.Node) else 0)
             self._swap(
-                node, kernels.quantize_static, x,
-                self._constant(f"{self._slots[scale.name]}", self.tensors[scale.name].reshape(())),
+                node,
+                kernels.quantize_static,
+                x,
+                self._constant(self._slots[scale.name], self.tensors[scale.name].reshape(())),
                 self._constant(f"zero_{middle}", torch.tensor(middle, dtype=torch.uint8)),
-                max(fmt.qmin + offset, 0), fmt.qmax + offset,
+                max(fmt.qmin + offset, 0),
+                fmt.qmax + offset,
             )
         elif scale is None and fmt.symmetric and (axes := _axes(fmt, x)):
             self._swap(node, kernels.quantize_dynamic, x, axes, fmt.qmax)
@@ -167,20 +178,19 @@ class Rewriter:
     def _dequantize(self, node: fx.Node) -> None:
         weight = self._weight(node)
         assert weight is not None
-        parts = {"data": weight.data, "scale": weight.scale, "zero": weight.zero}
-        data, scale, zero = [
-            self._optional(f"{weight.name}.{part}", t if t is None or part == "scale" else t.to(weight.dtype))
-            for part, t in parts.items()
-        ]
+        zero = None if weight.zero is None else weight.zero.to(weight.dtype)
+        data = self._constant(f"{weight.name}.data", weight.data.to(weight.dtype))
+        zeros = self._constant(f"{weight.name}.zero", zero)
+        scale = self._constant(f"{weight.name}.scale", weight.scale)
         if weight.format.bits <= 4:
-            self.nibbles |= {n.name: weight.format.signed for n in (data, zero) if n is not None}
-        self._swap(node, kernels.dequantize, data, scale, zero, self._group(weight))
+            self.nibbles |= {n.name: weight.format.signed for n in (data, zeros) if n is not None}
+        self._swap(node, kernels.dequantize, data, scale, zeros, self._group(weight))
 
     # --- parts ---------------------------------------------------------------------------------
 
     def _rows(
         self, weight: Weight, transpose: bool = False, shape: tuple[int, ...] | None = None
-    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    ) -> tuple[fx.Node | None, ...]:
         """Data (N, K), or (K, N), or in `shape`; scale and zero point (N,)."""
         data = weight.data.to(weight.dtype)
         data = data.T.contiguous() if transpose else data.reshape(shape or data.shape)
@@ -188,7 +198,7 @@ class Rewriter:
         return (
             self._constant(f"{weight.name}.rows", data),
             self._constant(f"{weight.name}.row_scale", weight.scale[:, 0].contiguous()),
-            self._optional(f"{weight.name}.row_zero", zero),
+            self._constant(f"{weight.name}.row_zero", zero),
         )
 
     def _group(self, weight: Weight) -> fx.Node | None:
@@ -196,37 +206,30 @@ class Rewriter:
         if weight.scale.shape[1] == 1:
             return None
         width = weight.data.shape[1]
-        return self._constant(
-            f"group_{width}_{weight.group}", torch.arange(width) // weight.group
-        )
+        numbers = torch.arange(width) // weight.group
+        return self._constant(f"group_{width}_{weight.group}", numbers)
 
-    def _middle(self) -> fx.Node:
-        return self._constant("zero_128", torch.tensor(128, dtype=torch.uint8))
-
-    def _optional(self, name: str, value: Tensor | None) -> fx.Node | None:
-        return None if value is None else self._constant(name, value)
-
-    def _constant(self, name: str, value: Tensor) -> fx.Node:
-        """A placeholder for `value`; one for each name."""
+    def _constant(self, name: str, value: Tensor | None) -> fx.Node | None:
+        """A placeholder for `value`, one for each name; None stays None."""
+        if value is None:
+            return None
         if name not in self._constants:
-            first = next(iter(self.graph.nodes))
-            with self.graph.inserting_before(first):
-                node = self.graph.placeholder("c_" + "".join(c if c.isalnum() else "_" for c in name))
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                text = "".join(c if c.isalnum() else "_" for c in name)
+                node = self.graph.placeholder(f"c_{text}")
             self.tensors[node.name] = value
             self._constants[name] = node
         return self._constants[name]
 
-    def _call(
-        self, function: Callable[..., object], *args: Argument, like: fx.Node, before: fx.Node
-    ) -> fx.Node:
-        with self.graph.inserting_before(before):
+    def _call(self, at: fx.Node, function: Callable[..., object], *args: Argument) -> fx.Node:
+        """A call in front of `at`, under the id of `at`."""
+        with self.graph.inserting_before(at):
             node = self.graph.call_function(function, args)
-        node.meta["custom"] = like.meta["custom"]
+        node.meta["custom"] = at.meta["custom"]
         return node
 
     def _swap(self, old: fx.Node, function: Callable[..., object], *args: Argument) -> None:
-        new = self._call(function, *args, like=old, before=old)
-        old.replace_all_uses_with(new)
+        old.replace_all_uses_with(self._call(old, function, *args))
         self.graph.erase_node(old)
 
     def _clean(self) -> None:
@@ -236,13 +239,12 @@ class Rewriter:
             if node.name in self.tensors and not node.users:
                 self.graph.erase_node(node)
                 del self.tensors[node.name]
-            else:
-                node.args = map_aggregate(node.args, _as_float32)
-                node.kwargs = map_aggregate(node.kwargs, _as_float32)
-                node.meta = {"custom": {"id": node_id(node)}} if "custom" in node.meta else {}
+                continue
+            node.args = map_aggregate(node.args, _as_float32)
+            node.kwargs = map_aggregate(node.kwargs, _as_float32)
+            node.meta = {"custom": {"id": node_id(node)}} if "custom" in node.meta else {}
         for name, tensor in self.tensors.items():
-            if tensor.is_floating_point():
-                self.tensors[name] = tensor.float()
+            self.tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _as_float32(value: Argument) -> Argument:
@@ -260,14 +262,13 @@ def _format(node: fx.Node | None) -> QFormat | None:
 
 def _with_zero(weight: Weight) -> Weight:
     """Zero points written out where they are zeros: ONNX Runtime, when it turns int8 weights into
-    uint8, otherwise adds a single one for many scales and fails at the first run."""
-    if weight.zero is not None:
-        return weight
-    return replace(weight, zero=torch.zeros_like(weight.scale, dtype=torch.int16))
+    uint8, otherwise adds a single one for many scales, and fails at the first run."""
+    zero = torch.zeros_like(weight.scale, dtype=torch.int16)
+    return weight if weight.zero is not None else replace(weight, zero=zero)
 
 
 def _axes(fmt: QFormat, node: fx.Node) -> tuple[int, ...]:
-    """The trailing axes that share a scale; empty if it is only a part of an axis."""
+    """The trailing axes that share a scale; empty if a scale is for a part of an axis."""
     rank = node.meta["val"].ndim
     block = (-1,) * rank if fmt.block is None else fmt.block[-rank:]
     return tuple(range(-len(block), 0)) if set(block) == {-1} else ()

@@ -35,7 +35,11 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     transformers.logging.disable_progress_bar()
     try:
         module, report = cls.from_pretrained(
-            path, dtype="auto", output_loading_info=True, local_files_only=True
+            path,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
         )
     except Exception as error:  # safetensors, json, pickle, and shape errors of many types
         raise BadInput(f"cannot load the weights in {path}: {_first_line(error)}") from error
