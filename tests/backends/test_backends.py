@@ -1,0 +1,80 @@
+"""Each backend against the reference, at other sizes too, and kernels that must not saturate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+import qcompiler
+from qcompiler.backends.cpu.kernels import KERNELS, self_test
+from qcompiler.check import relative_error
+from qcompiler.formats import QFormat
+from qcompiler.rounding import nearest
+from qcompiler.samples import random_inputs
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "allowed"),
+    [
+        ("llama", "w8a8-dynamic", 1e-5),
+        ("llama", "w4a16", 1e-5),
+        ("vit", "w8a8-static", 1e-5),
+        ("gpt2", "w8a16", 1e-5),
+        ("cnn", "w8a8-static", 2e-3),  # requantized integers between layers may round either way
+    ],
+)
+def test_onnxruntime(model: str, recipe: str, allowed: float) -> None:
+    module, example = zoo.build(model)
+    compiled = qcompiler.compile(module, example, recipe=recipe, backend="onnxruntime")
+    for seed in (3, 4):
+        inputs = random_inputs(compiled.program.io, seed)
+        want, got = compiled.program.flat(inputs), compiled.artifact.run(inputs)
+        assert relative_error(want, got) < allowed
+
+
+@pytest.mark.parametrize("backend", ["cpu", "onnxruntime"])
+@pytest.mark.parametrize("activation", ["int8:token:dynamic", "int8:tensor"])
+def test_nothing_saturates(backend: str, activation: str) -> None:
+    """Weights at ±127 steps and activations at their largest: 16-bit pair sums would overflow."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 32, bias=False), torch.nn.ReLU())
+    model[0].weight.data.fill_(0.5)
+    x = torch.full((4, 256), 3.0)
+    passes = f"canonicalize{{optional=true}},assign{{activation={activation} head=same}},quantize"
+    compiled = qcompiler.compile(model, x, passes=passes, backend=backend, data=[x])
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["int8", "packed8", "packed4", "float"])
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_cpu_kernels(name: str, tokens: int) -> None:
+    """A kernel that this CPU gets right agrees with float64; one that it does not says so."""
+    if reason := self_test(name):
+        assert "on this CPU" in reason or "cannot run it here" in reason
+        return
+    fmt = QFormat.parse("int4:group32" if name == "packed4" else "int8:channel")
+    q = nearest(torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), fmt)
+    x = torch.randint(-127, 128, (tokens, 96)).float()
+    x[:, 0] = 127.0  # so that the dynamic scale is exactly one
+    activation = QFormat.parse("int8:token:dynamic") if name == "int8" else None
+    kernel = KERNELS[name]
+    got = kernel.call(x, kernel.prepare(q), None, activation, None).double()
+    want = x.double() @ q.dequantize(torch.float64).t()
+    assert got.shape == want.shape
+    if tokens:
+        assert (got - want).norm() / want.norm() < kernel.capability.tolerance
+
+
+def test_a_saturating_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = KERNELS["int8"].call
+
+    def saturating(*arguments: object) -> torch.Tensor:
+        return exact(*arguments).clamp(-1e3, 1e3)  # type: ignore[arg-type]
+
+    from dataclasses import replace
+
+    monkeypatch.setitem(KERNELS, "int8", replace(KERNELS["int8"], call=saturating))
+    self_test.cache_clear()
+    reason = self_test("int8")
+    self_test.cache_clear()
+    assert reason is not None and "saturate without VNNI" in reason
