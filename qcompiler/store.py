@@ -85,7 +85,7 @@ def save(program: Program, artifact: Artifact, about: About, folder: Path) -> Pa
     try:
         content.mkdir(parents=True)
         _write_content(program, artifact, about, content)
-        _write_manifest(program, about, folder, content.name)
+        _write_manifest(program, about, content)
     except BaseException as error:
         shutil.rmtree(folder if made else content, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
@@ -124,21 +124,21 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _write_manifest(program: Program, about: About, folder: Path, content: str) -> None:
+def _write_manifest(program: Program, about: About, content: Path) -> None:
     manifest = {
         "format": VERSION,
         "qcompiler": __version__,
-        "content": content,
+        "content": content.name,
         "pipeline": ",".join(step.spec for step in program.history[1:]),
         "bytes": program.bytes,
         **asdict(about),
     }
-    temporary = folder / f"{content}.json"
+    temporary = content / MANIFEST  # inside, so that a kill here leaves nothing beside it
     with temporary.open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    os.replace(temporary, content.parent / MANIFEST)
 
 
 def read(folder: str | Path) -> Saved:
