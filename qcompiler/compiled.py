@@ -163,7 +163,8 @@ def lower(
             bad = [i for i in error.nodes if i in program.by_id and i not in excluded]
             if not bad:
                 raise
-            excluded[bad[0]] = f"its kernel is off the reference here: {error.what}"
+            for id in bad:
+                excluded[id] = f"its kernel is off the reference here: {error.what}"
             continue
         steps = result.history[len(program.history) :]
         refused = {r.nodes[0]: r.why for s in steps for r in s.skipped} | excluded

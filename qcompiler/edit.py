@@ -201,6 +201,7 @@ class Edit:
         """Drop what nobody reads, check the graph, and freeze it."""
         for node in reversed(list(self.nodes)):
             self._erase_dead(node)
+        self._sink_weights()
         for node in self.graph.nodes:
             if "custom" not in node.meta:
                 raise PassError(
@@ -220,6 +221,12 @@ class Edit:
         )
         edits = tuple(Reason(e.why, tuple(e.nodes)) for e in self._edits)
         return program, edits, tuple(self._skipped), tuple(self._notes)
+
+    def _sink_weights(self) -> None:
+        """Compute each weight's expression just before its reader: one is in memory at a time."""
+        for node in reversed(list(self.nodes)):
+            if node.op == "call_function" and self.is_weight(node):
+                min(node.users).prepend(node)
 
     def _erase_dead(self, node: fx.Node) -> None:
         """Erase `node` if nobody reads it, and then its inputs likewise. User inputs stay."""

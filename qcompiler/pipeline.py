@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qcompiler.check import Checker, Verdict
+from qcompiler.check import Checker, Verdict, sqnr_db
 from qcompiler.diff import Diff, diff, snapshot
 from qcompiler.edit import Edit, OutOfFuel
 from qcompiler.errors import PassError, QCompilerError
@@ -177,18 +177,15 @@ def _guilty(
     limit: float,
     tell: Callable[..., None],
 ) -> PassError:
-    """Bisect the edits: the smallest number of edits that already breaks the promise."""
-    tell("bisecting")
-    good, bad, worst = 0, len(full.edits), full
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        trial = attempt(middle)
-        if trial.verdict.error <= limit:
-            good = middle
-        else:
-            bad, worst = middle, trial
+    """The error that names the first edit that breaks the promise."""
     if not full.edits:
         return PassError(f"pass {step.name!r} broke its promise without an edit")
+    guilty = _off_by_themselves(full, limit) if step.effect is Effect.LOWER else []
+    if guilty:
+        bad, worst = guilty[0] + 1, full
+    else:
+        tell("bisecting")
+        bad, worst = _bisect(full, attempt, limit)
     first = full.edits[bad - 1]
     what = {
         Effect.EXACT: f"differs by {worst.verdict.error:.1e} in float64 (allowed {limit:.0e})",
@@ -202,5 +199,31 @@ def _guilty(
         f"pass {step.name!r} promises {step.effect} but {what}; rolled back. First bad edit: "
         f"number {bad} of {len(full.edits)}, {first.why!r}, at {', '.join(first.nodes[:4])}",
         what=what,
-        nodes=first.nodes,
+        nodes=tuple(full.edits[n].nodes[0] for n in guilty) or first.nodes,
     )
+
+
+def _off_by_themselves(full: _Attempt, limit: float) -> list[int]:
+    """Edits of a lowering whose nodes are off; each was compared with the one it stands for."""
+    off = {id for id, db in full.verdict.nodes.items() if not db >= sqnr_db(limit)}
+    guilty = []
+    for number, edit in enumerate(full.edits):
+        if not off.isdisjoint(edit.nodes):
+            guilty.append(number)
+            off -= set(edit.nodes)  # explained; a later edit there may well be right
+    return guilty
+
+
+def _bisect(
+    full: _Attempt, attempt: Callable[[int | None], _Attempt], limit: float
+) -> tuple[int, _Attempt]:
+    """The smallest number of edits that already breaks the promise, and what they make."""
+    good, bad, worst = 0, len(full.edits), full
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        trial = attempt(middle)
+        if trial.verdict.error <= limit:
+            good = middle
+        else:
+            bad, worst = middle, trial
+    return bad, worst

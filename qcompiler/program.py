@@ -115,6 +115,17 @@ class Program:
             raise unknown("node", id, self.by_id)
         return self.by_id[id]
 
+    @cached_property
+    def activations(self) -> frozenset[fx.Node]:
+        """Inputs and calls that depend on one; the rest are parameters and their expressions."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name not in self.slots:
+                found.add(node)
+            elif not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
+
     def param_of(self, node: object) -> str | None:
         """Name of the parameter that `node` is, or None."""
         return self.slots.get(node.name) if isinstance(node, fx.Node) else None

@@ -15,6 +15,8 @@ from qcompiler.program import Program, node_id
 
 Call = Callable[[fx.Node, tuple[object, ...], dict[str, object]], object]
 Watch = Callable[[fx.Node, object], None]
+Instead = Callable[[fx.Node, Callable[[], object]], object]
+"""Gives the value of a node, with what would compute it at hand."""
 
 
 def evaluate(
@@ -29,6 +31,7 @@ def evaluate_wide(
     inputs: tuple[object, ...],
     watch: Watch | None = None,
     dtype: torch.dtype = torch.float64,
+    instead: Instead | None = None,
 ) -> tuple[object, ...]:
     """Like `evaluate`, with all narrower floating point arithmetic in `dtype`, casts included.
 
@@ -37,7 +40,9 @@ def evaluate_wide(
     """
 
     def call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return _call_wide(node, args, kwargs, dtype)
+        if instead is None:
+            return _call_wide(node, args, kwargs, dtype)
+        return instead(node, lambda: _call_wide(node, args, kwargs, dtype))
 
     return _interpret(program, tuple(widen(x, dtype) for x in inputs), call, watch)
 
@@ -120,11 +125,11 @@ def _last_readers(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:
     return last
 
 
-def watch_ids(ids: Collection[str], into: dict[str, Tensor]) -> Watch:
-    """A watcher that keeps the tensors of the nodes called `ids`."""
+def watch_ids(ids: Collection[str], into: dict[str, object]) -> Watch:
+    """A watcher that keeps the values of the nodes called `ids`."""
 
     def watch(node: fx.Node, value: object) -> None:
-        if node_id(node) in ids and isinstance(value, Tensor):
+        if node_id(node) in ids:
             into[node_id(node)] = value
 
     return watch

@@ -329,12 +329,16 @@ class _Report:
         ]
         size = int(np.prod([int(a.size) for a in factors]))
         blockers = tuple(self._system.marks.get(root, {}))
-        turn = _orientation(program.graph, [(leaf, c) for leaf, c, p, _ in indexed if not p])
+        inside = [(e[0], e[1]) for e in indexed if e[0].value.node in program.activations]
+        turn = _orientation(program.graph, inside)
         params: list[Member] = []
         activations: list[Member] = []
         for leaf, c, p, index in indexed:
             member = Member(leaf.value.node, c * turn, index)
-            (params if p else activations).append(member)
+            if p:
+                params.append(member)
+            elif member.node in program.activations:
+                activations.append(member)
         return Space(id, size, tuple(params), tuple(activations), blockers)
 
     def _dependencies(self, members: Iterable[tuple[Leaf, int]]) -> set[Atom]:
