@@ -236,27 +236,27 @@ def pack(q: Tensor, bits: int) -> Tensor:
     Negative numbers are stored in two's complement. With 4 bits it is "low nibble first".
     """
     width = q.shape[-1]
-    shifts = torch.arange(bits, dtype=torch.int32, device=q.device)
-    stream = ((q.to(torch.int32).unsqueeze(-1) >> shifts) & 1).flatten(-2)
-    missing = -(width * bits) % 8
-    if missing:
-        stream = torch.nn.functional.pad(stream, (0, missing))
-    weights = 1 << torch.arange(8, dtype=torch.int32, device=q.device)
-    octets = stream.reshape(*stream.shape[:-1], -1, 8)
-    return (octets * weights).sum(-1).to(torch.uint8)
+    # Eight numbers are `bits` octets: they meet in one 64-bit word, of which the low octets are it.
+    q = torch.nn.functional.pad(q, (0, -width % 8))
+    word = torch.zeros(*q.shape[:-1], q.shape[-1] // 8, dtype=torch.int64, device=q.device)
+    for i in range(8):
+        word |= (q[..., i::8].to(torch.int64) & (2**bits - 1)) << (bits * i)
+    octets = word.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+    return octets[..., : -(-width * bits // 8)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor:
     """The inverse of `pack`: int16 (…, width)."""
     if bits == 8:
         return (packed.view(torch.int8) if signed else packed).to(torch.int16)
-    shifts = torch.arange(8, dtype=torch.int16, device=packed.device)
-    stream = ((packed.to(torch.int16).unsqueeze(-1) >> shifts) & 1).flatten(-2)
-    stream = stream[..., : width * bits].reshape(*stream.shape[:-1], width, bits)
-    q = (stream << torch.arange(bits, dtype=torch.int16, device=packed.device)).sum(-1)
+    octets = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits))
+    octets = octets.unflatten(-1, (-1, bits))
+    word = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64)  # (…, words, 1)
+    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
+    q = ((word >> shifts) & (2**bits - 1)).to(torch.int16).flatten(-2)[..., :width]
     if signed:
         q = torch.where(q >= 2 ** (bits - 1), q - 2**bits, q)
-    return q.to(torch.int16)
+    return q.contiguous()
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -120,9 +120,8 @@ class Program:
         """Inputs and calls that depend on one; the rest are parameters and their expressions."""
         found: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if node.op == "placeholder" and node.name not in self.slots:
-                found.add(node)
-            elif not found.isdisjoint(node.all_input_nodes):
+            given = node.op == "placeholder" and node.name not in self.slots
+            if given or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         return frozenset(found)
 

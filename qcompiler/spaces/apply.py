@@ -27,15 +27,11 @@ def apply_scale(edit: Edit, space: Space, scale: Tensor, name: str) -> None:
         raise BadInput(f"scales of space {space.id} must be positive and finite")
     first_node = space.params[0].node
     source = edit.new_param(name, scale.to(torch.float32), like=first_node)
-    edges: dict[str, fx.Node] = {}
+    edges = {n.name: n for n in edit.graph.nodes}
     for number, member in enumerate(space.params):
-        node = edges.get(member.node.name) or _by_name(edit, member.node.name)
+        node = edges[member.node.name]
         factor = _factor(edit, source, member, f"{name}.index{number}", space.size)
         edges[member.node.name] = _scaled(edit, node, factor, member.exponent)
-
-
-def _by_name(edit: Edit, name: str) -> fx.Node:
-    return next(n for n in edit.nodes if n.name == name)
 
 
 def _factor(edit: Edit, source: fx.Node, member: Member, name: str, size: int) -> fx.Node:
