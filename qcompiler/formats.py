@@ -250,10 +250,10 @@ def unpack(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor:
     if bits == 8:
         return (packed.view(torch.int8) if signed else packed).to(torch.int16)
     octets = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits))
-    octets = octets.unflatten(-1, (-1, bits))
+    octets = octets.reshape(*octets.shape[:-1], -1, bits)
     word = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64)  # (…, words, 1)
     shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
-    q = ((word >> shifts) & (2**bits - 1)).to(torch.int16).flatten(-2)[..., :width]
+    q: Tensor = ((word >> shifts) & (2**bits - 1)).to(torch.int16).flatten(-2)[..., :width]
     if signed:
         q = torch.where(q >= 2 ** (bits - 1), q - 2**bits, q)
     return q.contiguous()

@@ -25,10 +25,7 @@ class OnnxRuntimeBackend(Backend):
     name: ClassVar[str] = "onnxruntime"
     summary: ClassVar[str] = "an ONNX file with quantized kernels, run by ONNX Runtime on the CPU"
     capabilities: ClassVar[tuple[Capability, ...]] = CAPABILITIES
-    tolerance: ClassVar[float] = 0.15
-    """One kernel is exact to 1e-5 (see the table). In a whole network a last bit may move an
-    activation over a rounding step, and that grows from layer to layer: 12 random layers at w8a8
-    differ by 0.05 between the reference in float32 and in float64."""
+    tolerance: ClassVar[float] = 2e-2
 
     def available(self) -> str | None:
         missing = [name for name in NEEDS if find_spec(name) is None]
