@@ -1,0 +1,59 @@
+"""The README's code runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import qcompiler
+import qcompiler.cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+
+
+def block(word: str) -> dict[str, object]:
+    """Names defined by the Python block that contains `word`."""
+    code = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if word in b)
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec", dont_inherit=True), names)
+    return names
+
+
+class TwiceNegated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.neg(torch.neg(self.a(x))))
+
+
+def test_the_pass_and_the_backend() -> None:
+    drop = block("DropDoubleNegation")["DropDoubleNegation"]
+    backend = block("MyBackend")["MyBackend"]
+    model, x = TwiceNegated().eval(), torch.randn(3, 8)
+    rest = "fold{optional=true},assign{head=same},quantize"
+    passes = ("canonicalize{optional=true}", drop(), *rest.split(","))
+    compiled = qcompiler.compile(model, x, passes=passes, backend=backend())
+    step = next(s for s in compiled.history if s.name == "drop_double_negation")
+    assert len(step.edits) == 1 and step.metrics["error"] == 0
+    assert "neg" not in str(compiled.program)
+    error = (compiled(x) - model(x)).norm() / model(x).norm()
+    assert 0 < error < 0.02
+    assert compiled.backend.name == "mine"
+
+
+def test_the_front_door(tmp_path: Path) -> None:
+    tiny = str(Path(__file__).parents[1] / "examples" / "tiny_llama" / "model")
+    text = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "compiled.save" in b)
+    names = {"ids": torch.arange(6).reshape(1, 6)}
+    code = text.replace('"examples/tiny_llama/model"', repr(tiny))
+    exec(code.replace('"out"', repr(str(tmp_path / "out"))), names)
+    assert names["logits"].shape[:2] == (1, 6)
+    again = qcompiler.load(tmp_path / "out")
+    assert torch.equal(again(input_ids=names["ids"]).logits, names["logits"])
+    for command in re.findall(r"^    \.venv/bin/qcompiler (\w+)", README, re.M):
+        assert command in qcompiler.cli.main.commands
