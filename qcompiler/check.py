@@ -109,9 +109,7 @@ class Checker:
         evaluate_wide(before, self._inputs[0], watch_ids(ids, was))
         evaluate_wide(after, self._inputs[0], watch_ids(ids, now))
         return {
-            i: sqnr_db(relative_error(was[i], now[i]))
-            for i in sorted(ids)
-            if i in was and i in now
+            i: sqnr_db(relative_error(was[i], now[i])) for i in sorted(ids) if i in was and i in now
         }
 
 

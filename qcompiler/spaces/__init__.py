@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from qcompiler.errors import BadInput
 from qcompiler.program import Program
-from qcompiler.spaces.diagonal import Blocker, Member, Space, diagonal_spaces
+from qcompiler.spaces.diagonal import diagonal_spaces
 from qcompiler.spaces.rules import walk
+from qcompiler.spaces.system import Blocker, Member, Space
 
 __all__ = ["Blocker", "Member", "Space", "find"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
-from qcompiler.spaces.diagonal import Member, Space
+from qcompiler.spaces.system import Member, Space
 
 aten = torch.ops.aten
 

@@ -60,26 +60,36 @@ class Product:
     letters: tuple[Letter, ...]
 
 
+DIAGONAL = frozenset({"diagonal"})
+ORTHOGONAL = frozenset({"orthogonal"})
+MATRIX = frozenset({"orthogonal", "invertible"})
+ALL = DIAGONAL | MATRIX
+"""Kinds of maps on an axis: positive factors per channel, and matrices that mix channels."""
+
+
 @dataclass(frozen=True, eq=False)
 class Same:
     """Groups of axes that hold the same indices on both sides (views, casts, slices, cat)."""
 
     node: fx.Node
     pairs: tuple[tuple[tuple[Place, ...], tuple[Place, ...]], ...]
+    kinds: frozenset[str] = ALL
+    """The kinds of maps that pass from one side to the other."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """No map passes here."""
+    """No map of these kinds passes here."""
 
     node: fx.Node
     place: Place
     reason: str
+    kinds: frozenset[str] = ALL
 
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """All leaves of this axis must take the same map (rotary embedding mixes its two halves)."""
+    """All leaves of this axis take the same factors (rotary embedding mixes its two halves)."""
 
     node: fx.Node
     place: Place
@@ -128,13 +138,24 @@ class Axes:
     # --- statements ----------------------------------------------------------------------------
 
     def mark(
-        self, node: fx.Node, value: Value, reason: str, axes: Sequence[int] | None = None
+        self,
+        node: fx.Node,
+        value: Value,
+        reason: str,
+        axes: Sequence[int] | None = None,
+        kinds: frozenset[str] = ALL,
     ) -> None:
-        """Nothing passes on these axes (all by default) of `value`."""
+        """Nothing of `kinds` passes on these axes (all by default) of `value`."""
         for axis in range(len(value.axes)) if axes is None else axes:
-            self.statements.append(Mark(node, Place(value, axis % len(value.axes)), reason))
+            place = Place(value, axis % len(value.axes))
+            self.statements.append(Mark(node, place, reason, kinds))
 
-    def same(self, node: fx.Node, pairs: Sequence[tuple[Sequence[Place], Sequence[Place]]]) -> None:
+    def same(
+        self,
+        node: fx.Node,
+        pairs: Sequence[tuple[Sequence[Place], Sequence[Place]]],
+        kinds: frozenset[str] = ALL,
+    ) -> None:
         """Both sides of each pair are the same axes, possibly split differently."""
         kept = []
         for left, right in pairs:
@@ -145,7 +166,7 @@ class Axes:
                 for place in (*left, *right):
                     reason = "this view does not keep the channels together"
                     self.statements.append(Mark(node, place, reason))
-        self.statements.append(Same(node, tuple(kept)))
+        self.statements.append(Same(node, tuple(kept), kinds))
 
     def all_same(self, node: fx.Node, a: Value, b: Value) -> None:
         """Axis i of `a` is axis i of `b`."""

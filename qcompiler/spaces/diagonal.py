@@ -17,67 +17,16 @@ runs in parallel to it in every equation: these are its dependencies.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from qcompiler.program import node_id
-from qcompiler.spaces.axes import Axes, Mark, Mixed, Place, Product, Same, Value
+from qcompiler.spaces.axes import Axes
+from qcompiler.spaces.system import Leaf, Member, Space, System, orientation
 from qcompiler.spaces.terms import Atom, atoms, digits, fixed
-
-
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """One atom at one place: an unknown."""
-
-    value: Value
-    axis: int
-    number: int
-    """Position among the atoms of the axis."""
-    atom: Atom
-
-
-@dataclass(frozen=True)
-class Blocker:
-    """Why a scale cannot pass: at which node, and the reason in words."""
-
-    node: str
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A parameter or an activation that a space scales."""
-
-    node: fx.Node
-    exponent: int
-    """It is multiplied by scale ** exponent."""
-    index: Tensor
-    """int64, broadcastable to the tensor: position in the flat scale, `Space.size` where none."""
-
-
-@dataclass(frozen=True, eq=False)
-class Space:
-    """One family of diagonal maps: `size` free positive factors that cancel out."""
-
-    id: int
-    size: int
-    params: tuple[Member, ...]
-    activations: tuple[Member, ...]
-    blocked_by: tuple[Blocker, ...] = ()
-
-    @property
-    def producers(self) -> tuple[Member, ...]:
-        """Parameters that are multiplied by the scale."""
-        return tuple(m for m in self.params if m.exponent > 0)
-
-    @property
-    def consumers(self) -> tuple[Member, ...]:
-        """Parameters that are divided by the scale."""
-        return tuple(m for m in self.params if m.exponent < 0)
 
 
 def diagonal_spaces(axes: Axes) -> list[Space]:
@@ -89,149 +38,24 @@ def diagonal_spaces(axes: Axes) -> list[Space]:
     return _Report(axes, system).spaces()
 
 
-class _System:
-    """The unknowns, their union-find with signs, and what is left to eliminate."""
+class _System(System):
+    """Log-scales, and what is left to eliminate."""
+
+    kind: ClassVar[str] = "diagonal"
 
     def __init__(self, axes: Axes) -> None:
-        self.leaves: dict[tuple[Value, int], list[Leaf]] = {}
-        self._parent: dict[Leaf, tuple[Leaf, int]] = {}
-        self.marks: dict[Leaf, dict[Blocker, None]] = defaultdict(dict)
-        self.parallel: dict[Leaf, set[Atom]] = {}
         self._long: list[tuple[fx.Node, list[tuple[Leaf, int]]]] = []
-        for statement in axes.statements:
-            if isinstance(statement, Product):
-                self._product(statement)
-            elif isinstance(statement, Same):
-                self._same(statement)
-            elif isinstance(statement, Mark):
-                for leaf in self.at(statement.place):
-                    self._zero(leaf, statement.node, statement.reason)
-            elif isinstance(statement, Mixed):
-                first, *rest = self.at(statement.place)
-                for leaf in rest:
-                    if leaf.atom is first.atom:
-                        self._join(first, leaf, 1, statement.node)
+        super().__init__(axes)
         self._eliminate()
 
-    # --- leaves --------------------------------------------------------------------------------
-
-    def at(self, place: Place) -> list[Leaf]:
-        """The leaves of an axis, or of the stretch [start, end) of it."""
-        key = (place.value, place.axis)
-        if key not in self.leaves:
-            term = place.value.axes[place.axis]
-            self.leaves[key] = [
-                Leaf(*key, i, atom) for i, atom in enumerate(atoms(term)) if atom.size != 1
-            ]
-            for leaf in self.leaves[key]:
-                self._parent[leaf] = (leaf, 1)
-        if place.start is None or place.end is None:
-            return self.leaves[key]
-        rows = digits(place.value.axes[place.axis])
-        inside = [i for i, row in enumerate(rows) if (row[place.start : place.end] >= 0).any()]
-        return [leaf for leaf in self.leaves[key] if leaf.number in inside]
-
-    def find(self, leaf: Leaf) -> tuple[Leaf, int]:
-        """(representative, sign): leaf = sign · representative."""
-        chain = []
-        while self._parent[leaf][0] is not leaf:
-            chain.append(leaf)
-            leaf = self._parent[leaf][0]
-        sign = 1
-        for child in reversed(chain):
-            sign *= self._parent[child][1]
-            self._parent[child] = (leaf, sign)
-        return (leaf, sign) if chain else (leaf, 1)
-
-    # --- statements ----------------------------------------------------------------------------
-
-    def _product(self, statement: Product) -> None:
-        columns = []
-        for letter in statement.letters:
-            places = [p for _, p in letter.operands] + ([letter.result] if letter.result else [])
-            columns.append((letter, [self.at(p) for p in places]))
-        for letter, column in columns:
-            count = len(letter.operands)
-            if not _aligned(column):
-                for leaves in column:
-                    for leaf in leaves:
-                        self._zero(leaf, statement.node, "its axes do not align")
-                continue
-            users = {number for number, _ in letter.operands}
-            around = self._companions(columns, letter, users)
-            for row in zip(*column, strict=True):
-                terms = [(leaf, 1) for leaf in row[:count]]
-                terms += [(leaf, -1) for leaf in row[count:]]
-                siblings = {r[i].atom for r in column for i in range(len(r))} - {row[0].atom}
-                for leaf, _ in terms:
-                    self._run_parallel(leaf, around | (siblings & _beside(leaf)))
-                self._equation(statement.node, terms, letter.result is None)
-
-    def _companions(
-        self, columns: Sequence[tuple[object, list[list[Leaf]]]], letter: object, users: set[int]
-    ) -> set[Atom]:
-        """Atoms of the other indices that every participant of `letter` has too."""
-        found: list[Atom] = []
-        wanted = users | ({-1} if letter.result else set())  # type: ignore[attr-defined]
-        for other, column in columns:
-            has = {n for n, _ in other.operands} | ({-1} if other.result else set())  # type: ignore
-            if other is not letter and wanted <= has and column:
-                found += [leaf.atom for leaf in column[0]]
-        return {a for a in found if found.count(a) == 1}
-
-    def _same(self, statement: Same) -> None:
-        sides = [
-            ([x for p in left for x in self.at(p)], [y for p in right for y in self.at(p)])
-            for left, right in statement.pairs
-        ]
-        linked = [{x.atom for pair in sides for x in pair[side]} for side in (0, 1)]
-        for left, right in sides:
-            for leaf in (*left, *right):
-                self._run_parallel(leaf, _around(leaf) & linked[0] & linked[1])
-            if [x.atom for x in left] == [y.atom for y in right]:
-                for x, y in zip(left, right, strict=True):
-                    self._join(x, y, 1, statement.node)
-            else:  # the same atoms in another nesting: tie all leaves of an atom, which is safe
-                for x in left:
-                    for y in right:
-                        if x.atom is y.atom:
-                            self._join(x, y, 1, statement.node)
-
-    def _equation(self, node: fx.Node, terms: list[tuple[Leaf, int]], summed: bool) -> None:
-        if len(terms) == 1:
-            why = "it is summed over" if summed else "it is repeated along this axis"
-            self._zero(terms[0][0], node, why)
-        elif len(terms) == 2:
+    def equation(self, node: fx.Node, operands: list[Leaf], results: list[Leaf]) -> None:
+        """The factors of the operands multiply to the result's, or to 1 where they are summed."""
+        terms = [(leaf, 1) for leaf in operands] + [(leaf, -1) for leaf in results]
+        if len(terms) == 2:
             (a, s), (b, t) = terms
-            self._join(a, b, -s * t, node)
+            self.join(a, b, -s * t, node)
         else:
             self._long.append((node, terms))
-
-    # --- solving -------------------------------------------------------------------------------
-
-    def _join(self, a: Leaf, b: Leaf, sign: int, node: fx.Node) -> None:
-        """a = sign · b."""
-        (root_a, s), (root_b, t) = self.find(a), self.find(b)
-        if root_a is root_b:
-            if s != sign * t:
-                self._zero(root_a, node, "it would have to be scaled and unscaled at once")
-            return
-        self._parent[root_b] = (root_a, s * sign * t)
-        self.marks[root_a] |= self.marks.pop(root_b, {})
-        self._merge_parallel(root_a, root_b)
-
-    def _zero(self, leaf: Leaf, node: fx.Node, reason: str) -> None:
-        root, _ = self.find(leaf)
-        self.marks[root][Blocker(node_id(node), reason)] = None
-
-    def _run_parallel(self, leaf: Leaf, atoms: set[Atom]) -> None:
-        root, _ = self.find(leaf)
-        self.parallel[root] = self.parallel.get(root, atoms) & atoms
-
-    def _merge_parallel(self, into: Leaf, gone: Leaf) -> None:
-        other = self.parallel.pop(gone, None)
-        if other is not None:
-            self.parallel[into] = self.parallel.get(into, other) & other
 
     def _eliminate(self) -> None:
         """Drop zero unknowns from long equations until all that remain are free."""
@@ -252,10 +76,10 @@ class _System:
                 changed = True
                 if len(free) == 2 and abs(free[0][1]) == abs(free[1][1]):
                     (a, s), (b, t) = free
-                    self._join(a, b, -1 if s * t > 0 else 1, node)
+                    self.join(a, b, -1 if s * t > 0 else 1, node)
                 elif free:
                     for leaf, _ in free:
-                        self._zero(leaf, node, "the other factors of this product are fixed")
+                        self.zero(leaf, node, "the other factors of this product are fixed")
 
     @property
     def open(self) -> list[list[tuple[Leaf, int]]]:
@@ -330,11 +154,11 @@ class _Report:
         size = int(np.prod([int(a.size) for a in factors]))
         blockers = tuple(self._system.marks.get(root, {}))
         inside = [(e[0], e[1]) for e in indexed if e[0].value.node in program.activations]
-        turn = _orientation(program.graph, inside)
+        turn = orientation(program.graph, inside)
         params: list[Member] = []
         activations: list[Member] = []
         for leaf, c, p, index in indexed:
-            member = Member(leaf.value.node, c * turn, index)
+            member = Member(leaf.value.node, c * turn, index, leaf.axis)
             if p:
                 params.append(member)
             elif member.node in program.activations:
@@ -351,37 +175,6 @@ class _Report:
 
 def id_of(atom: Atom) -> int:
     return id(atom)
-
-
-def _aligned(column: list[list[Leaf]]) -> bool:
-    """Whether all participants have the same atoms in the same order."""
-    first = [leaf.atom for leaf in column[0]]
-    return all([leaf.atom for leaf in leaves] == first for leaves in column[1:])
-
-
-def _beside(leaf: Leaf) -> set[Atom]:
-    """Atoms that multiply `leaf` on its own axis (not those of other summands)."""
-    return _once(_covering(leaf, leaf.axis)) - {leaf.atom}
-
-
-def _around(leaf: Leaf) -> set[Atom]:
-    """Atoms that run in parallel to `leaf` anywhere in its value."""
-    found = [a for axis in range(len(leaf.value.axes)) for a in _covering(leaf, axis)]
-    return _once(found) - {leaf.atom}
-
-
-def _covering(leaf: Leaf, axis: int) -> list[Atom]:
-    """Atoms on `axis` that have an index wherever `leaf` has one."""
-    term = leaf.value.axes[axis]
-    if not fixed(term):
-        return []
-    rows, own = digits(term), leaf.axis == axis
-    here = rows[leaf.number] >= 0 if own else slice(None)
-    return [a for row, a in zip(rows, atoms(term), strict=True) if (row[here] >= 0).all()]
-
-
-def _once(found: list[Atom]) -> set[Atom]:
-    return {a for a in found if found.count(a) == 1}
 
 
 def _fixed_axes(leaf: Leaf) -> bool:
@@ -415,13 +208,6 @@ def _row_of(leaf: Leaf, atom: Atom, own: np.ndarray) -> tuple[np.ndarray, int]:
             if name is atom and covers:
                 return row, axis
     raise AssertionError("a dependency stands beside its leaf in every value")
-
-
-def _orientation(graph: fx.Graph, activations: list[tuple[Leaf, int]]) -> int:
-    """The sign that makes the last activation (what the consumers read) positive."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    last = max(activations, key=lambda m: order[m[0].value.node], default=None)
-    return -1 if last is not None and last[1] < 0 else 1
 
 
 def _largest(spaces: list[Space]) -> list[Space]:

@@ -7,7 +7,17 @@ from torch import fx
 
 from qcompiler.program import Program, is_tensor, op_name, shape_of
 from qcompiler.spaces import semantics as op
-from qcompiler.spaces.axes import Axes, Mixed, Place, Value, mentioned
+from qcompiler.spaces.axes import (
+    ALL,
+    DIAGONAL,
+    MATRIX,
+    ORTHOGONAL,
+    Axes,
+    Mixed,
+    Place,
+    Value,
+    mentioned,
+)
 from qcompiler.spaces.terms import Conflict, Prod, Sum, cut, divides, fresh, size, unify
 
 aten = torch.ops.aten
@@ -40,7 +50,7 @@ def _rule(axes: Axes, node: fx.Node) -> None:
         _products(axes, node, op.PRODUCTS[target])
     elif target in op.ELEMENTWISE_PRODUCT | op.ELEMENTWISE_QUOTIENT | op.ELEMENTWISE_SUM:
         _binary(axes, node)
-    elif target in op.PASS:
+    elif target in op.PASS | op.HOMOGENEOUS:
         _pass(axes, node)
     elif target in op.BREAK:
         _break(axes, node)
@@ -103,6 +113,10 @@ def _binary(axes: Axes, node: fx.Node) -> None:
             axes.mark(node, result, "it has no floating point operand")
         else:
             axes.product(node, "* -> *", [only], result)
+            if any(
+                is_tensor(n) and shape_of(n) for n in node.all_input_nodes if n is not only.node
+            ):
+                axes.mark(node, result, "a mask multiplies it", kinds=MATRIX)
             if node.target in op.ELEMENTWISE_QUOTIENT and a is None:
                 axes.mark(node, only, "it is a divisor")
 
@@ -113,11 +127,19 @@ def _pass(axes: Axes, node: fx.Node) -> None:
         axes.mark(node, result, "it is made from integers")
     else:
         axes.all_same(node, x, result)
+        if node.target in op.HOMOGENEOUS:
+            _nonlinear(axes, node, x, result)
+
+
+def _nonlinear(axes: Axes, node: fx.Node, *values: Value) -> None:
+    """Factors pass, matrices do not."""
+    for value in values:
+        axes.mark(node, value, f"{op_name(node.target)} is not linear", kinds=MATRIX)
 
 
 def _break(axes: Axes, node: fx.Node) -> None:
     result = axes.new(node)
-    why = f"{op_name(node.target)} does not commute with a scale"
+    why = f"{op_name(node.target)} commutes with no map"
     axes.mark(node, result, why)
     for value in filter(None, map(axes.of, node.all_input_nodes)):
         axes.mark(node, value, why)
@@ -127,15 +149,23 @@ def _break(axes: Axes, node: fx.Node) -> None:
 
 
 def _norm(axes: Axes, node: fx.Node) -> None:
-    """core(x) · gain + bias: nothing passes the core, gain and bias carry the output's scale."""
+    """core(x) · gain + bias. Rotations pass the core of RMSNorm; gain and bias carry scales."""
     x, gain, bias = (_input(axes, node, i) for i in (0, 2, 3))
     if x is None:
         return _unknown(axes, node)
     result = axes.new(node)
     core = axes.new(node, virtual=True, axes=list(x.axes))
     why = f"{op_name(node.target)} normalises it"
-    axes.mark(node, x, why)
-    axes.mark(node, core, why)
+    rotates = node.target is aten.rms_norm.default and len(node.args[1]) == 1  # type: ignore
+    others = range(len(x.axes) - 1)
+    for value in (x, core):
+        axes.mark(node, value, why, kinds=ALL - ORTHOGONAL if rotates else ALL)
+        if rotates:
+            axes.mark(node, value, why, others, ORTHOGONAL)
+    if rotates:
+        axes.same(
+            node, [([Place(x, -1 % len(x.axes))], [Place(core, -1 % len(x.axes))])], ORTHOGONAL
+        )
     axes.product(node, "*, * -> *" if gain else "* -> *", [core, gain] if gain else [core], result)
     if bias is not None and node.target is aten.layer_norm.default:
         axes.product(node, "* -> *", [bias], result)
@@ -236,6 +266,8 @@ def _pool(axes: Axes, node: fx.Node) -> None:
     spatial = range(len(x.axes) - 2)
     s, y = (" ".join(f"{c}{i}" for i in spatial) for c in "sy")
     axes.product(node, f"b c {s} -> b c {y}", [x], result)
+    if node.target in op.MAX_POOLS:
+        _nonlinear(axes, node, x, result)
     return None
 
 
@@ -294,9 +326,12 @@ def _rope(axes: Axes, node: fx.Node) -> None:
             unify(*cut(last, width // 2))
     except Conflict:
         axes.mark(node, x, "its channels do not split into rotary pairs")
-    axes.all_same(node, x, result)
+    *others, last_axis = range(len(x.axes))
+    axes.same(node, [([Place(x, i)], [Place(result, i)]) for i in others])
+    axes.same(node, [([Place(x, last_axis)], [Place(result, last_axis)])], DIAGONAL)
     for value in (x, result):
-        axes.statements.append(Mixed(node, Place(value, len(value.axes) - 1)))
+        axes.statements.append(Mixed(node, Place(value, last_axis)))
+        axes.mark(node, value, "a rotary embedding mixes it in pairs", [last_axis], MATRIX)
     for table in node.args[1:3]:
         if value := axes.of(table):
             axes.mark(node, value, "it is a table of rotation angles")
@@ -379,6 +414,7 @@ def _where(axes: Axes, node: fx.Node) -> None:
             axes.mark(node, result, "a constant is chosen in places")
         else:
             axes.product(node, "* -> *", [value], result)
+            axes.mark(node, value, "it is chosen in places", kinds=MATRIX)
 
 
 def _unknown(axes: Axes, node: fx.Node) -> None:

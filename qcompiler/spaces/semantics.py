@@ -5,8 +5,8 @@ for axes, `*` for leading axes that all share, and `(g r)` for an axis that merg
 
     linear:   "0:* k, 1:n k -> * n"   and   "2:n -> * n"       y = x Wᵀ  +  b
 
-Elementwise operators are named by how they treat a positive scale of their input: `PASS` (linear,
-or positively homogeneous), `BREAK` (neither). Operators with hidden intermediate values (attention,
+Elementwise operators are named by what passes through them: any linear map (`PASS`), a positive
+scale only (`HOMOGENEOUS`), nothing (`BREAK`). Operators with hidden intermediate values (attention,
 norms) say so as a sequence of products over virtual values, in `spaces/rules.py`.
 """
 
@@ -34,12 +34,14 @@ ELEMENTWISE_QUOTIENT = {aten.div.Tensor}
 ELEMENTWISE_SUM = {aten.add.Tensor, aten.sub.Tensor}
 """Binary operators with broadcasting; with a Python number, see `rules.py`."""
 
-PASS: set[object] = {
-    aten.neg.default,
+HOMOGENEOUS: set[object] = {
     aten.relu.default,
     aten.relu_.default,
     aten.leaky_relu.default,
     aten.abs.default,
+}
+PASS: set[object] = {
+    aten.neg.default,
     aten.to.dtype,
     aten.to.device,
     aten.to.dtype_layout,
@@ -85,11 +87,10 @@ BREAK: set[object] = {
     qc.fake_quantize.default,
 }
 REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
-POOLS = {
-    aten.max_pool2d.default,
+MAX_POOLS = {aten.max_pool2d.default, aten.max_pool1d.default}
+POOLS = MAX_POOLS | {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
-    aten.max_pool1d.default,
     aten.avg_pool1d.default,
     aten.adaptive_avg_pool1d.default,
 }
