@@ -1,0 +1,89 @@
+"""Matrix maps: which channels may be mixed with each other without changing the program.
+
+The unknown of a leaf is a matrix T on its atom: a value v there becomes T v. Statements say::
+
+    y = x W          x and W share a summed index: one takes T, the other its inverse transpose
+    y[n] = x[n] …    a free index: the result takes the operand's T
+    y[n] = x[n] g[n] an elementwise product: the identity only
+    T x = 0          a mark: the identity only
+
+`orthogonal` maps are their own inverse transpose and pass RMSNorm's core (‖T x‖ = ‖x‖), which is
+what rotations are made of (Ashkboos et al. 2024, section 3); `invertible` ones do neither. One T
+serves all indices of the other axes, of all heads, say.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcompiler.spaces.axes import Axes
+from qcompiler.spaces.system import Leaf, Member, Space, System, orientation
+from qcompiler.spaces.terms import digits, fixed
+
+
+class _Invertible(System):
+    """Any invertible matrix."""
+
+    kind: ClassVar[str] = "invertible"
+
+    def equation(self, node: fx.Node, operands: list[Leaf], results: list[Leaf]) -> None:
+        """One free operand passes its map on; two summed ones take inverse maps."""
+        if len(operands) == 1:
+            self.join(operands[0], results[0], 1, node)
+        elif len(operands) == 2 and not results:
+            self.join(operands[0], operands[1], -1, node)
+        else:
+            for leaf in (*operands, *results):
+                self.zero(leaf, node, "it is multiplied channel by channel")
+
+
+class _Orthogonal(_Invertible):
+    """Rotations and reflections."""
+
+    kind: ClassVar[str] = "orthogonal"
+
+    def clash(self, leaf: Leaf, node: fx.Node) -> None:
+        """An orthogonal map is its own inverse transpose."""
+
+
+SYSTEMS: dict[str, type[System]] = {s.kind: s for s in (_Invertible, _Orthogonal)}
+
+
+def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
+    """All spaces of matrix maps with a parameter in them, in graph order, blocked ones included."""
+    system = SYSTEMS[kind](axes)
+    program = axes.program
+    groups: dict[Leaf, list[tuple[Leaf, int]]] = defaultdict(list)
+    for leaves in system.leaves.values():
+        for leaf in leaves:
+            root, sign = system.find(leaf)
+            groups[root].append((leaf, sign))
+    found: list[Space] = []
+    for root, members in groups.items():
+        real = [(leaf, sign) for leaf, sign in members if not leaf.value.virtual]
+        active = [m for m in real if m[0].value.node in program.activations]
+        params = [m for m in real if program.param_of(m[0].value.node) is not None]
+        size = root.atom.size
+        known = all(fixed(leaf.value.axes[leaf.axis]) for leaf, _ in (*active, *params))
+        if not params or not isinstance(size, int) or not known:
+            continue
+        turn = orientation(program.graph, active)
+        inside, outside = (
+            tuple(
+                Member(leaf.value.node, sign * turn, _channels(leaf), leaf.axis)
+                for leaf, sign in group
+            )
+            for group in (active, params)
+        )
+        blockers = tuple(system.marks.get(root, {}))
+        found.append(Space(len(found), size, outside, inside, blockers, kind))
+    return found
+
+
+def _channels(leaf: Leaf) -> torch.Tensor:
+    """For each index along the leaf's axis the channel of the map that it is, or -1."""
+    return torch.from_numpy(digits(leaf.value.axes[leaf.axis])[leaf.number])
