@@ -1,6 +1,6 @@
 """Evaluate each weight's expression once, in float64, and round once.
 
-    W' = round( expression(W, …) )      q_proj.weight = q_proj.weight · diag(s)
+    W' = round( expression(W, …) )      q_proj.weight = q_proj.weight ∘ s
 
 Exact passes write transforms on the weight's edge; this pass turns them into stored numbers, one
 weight at a time, so the extra memory is one weight in float64.
@@ -25,7 +25,14 @@ aten = torch.ops.aten
 VIEWS = {aten.unsqueeze.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
 LAYOUT = {aten.index_select.default, aten.constant_pad_nd.default, aten.to.dtype}
 """How a scale is laid out along an axis: no news in a formula."""
-INFIX = {aten.mul.Tensor: "·", aten.div.Tensor: "/", aten.add.Tensor: "+", aten.sub.Tensor: "-"}
+TURNS = {aten.t.default, aten.transpose.int}
+INFIX = {
+    aten.mul.Tensor: "∘",
+    aten.matmul.default: "·",
+    aten.div.Tensor: "/",
+    aten.add.Tensor: "+",
+    aten.sub.Tensor: "-",
+}
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """Largest relative output error that one rounding of every weight may cost, by storage type."""
 
@@ -68,14 +75,14 @@ class Fold(Pass):
 
 
 def _formula(node: fx.Node) -> str:
-    """`up_proj.weight / smooth.3 · smooth.4`: an expression in words, views left out."""
+    """`up_proj.weight / smooth.3 ∘ smooth.4`: an expression in words, views left out."""
     if node.op == "placeholder":
         return node_id(node)
     parts = [_formula(n) for n in node.all_input_nodes]
     if node.target in VIEWS or node.target in LAYOUT:
         return parts[0]
-    if node.target is aten.t.default:
-        return f"{parts[0]}ᵀ"
+    if node.target in TURNS:
+        return f"({parts[0]})ᵀ" if " " in parts[0] else f"{parts[0]}ᵀ"
     if node.target in INFIX and len(parts) == 2:
         return f" {INFIX[node.target]} ".join(parts)
     constants = [str(a) for a in node.args if isinstance(a, int | float)]

@@ -20,7 +20,6 @@ from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
-from qcompiler.program import node_id
 from qcompiler.sites import Site, sites
 from qcompiler.spaces import Space
 from qcompiler.spaces import find as find_spaces
@@ -54,7 +53,7 @@ class Smooth(Pass):
             else:
                 chosen.setdefault(space.id, (space, []))[1].append(site)
         for number, (space, group) in enumerate(chosen.values()):
-            producers = ", ".join(node_id(m.node) for m in space.producers) or "online"
+            producers = ", ".join(m.name for m in space.producers)
             edit.spend(f"inputs of {', '.join(s.id for s in group)} take 1/s from {producers}")
             apply_scale(edit, space, 1 / self._scale(facts, space, group), f"smooth.{number}")
 
@@ -69,7 +68,9 @@ class Smooth(Pass):
             activation = torch.maximum(activation, gather(seen, member, space.size))
         weight = torch.zeros(space.size)
         for member in space.consumers:
-            value = facts.program.tensor(member.node).abs()
+            weight_value = facts.value(member.node)
+            assert weight_value is not None
+            value = weight_value.abs()
             reduced = [a for a in range(value.ndim) if member.index.shape[a] == 1]
             largest = value.amax(reduced, keepdim=True) if reduced else value
             weight = torch.maximum(weight, gather(largest, member, space.size))

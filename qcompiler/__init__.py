@@ -18,6 +18,7 @@ from qcompiler.passbase import Pass
 from qcompiler.program import Program, Tag
 from qcompiler.recipe import load_recipe
 from qcompiler.spaces import find as spaces
+from qcompiler.spaces.verify import verify
 from qcompiler.version import __version__
 
 del _ops
@@ -46,4 +47,5 @@ __all__ = [
     "load",
     "load_recipe",
     "spaces",
+    "verify",
 ]

@@ -134,17 +134,18 @@ def _print_summary(compiled: Compiled, output: Path) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--spaces", is_flag=True, help="What may be scaled with what, and what forbids it.")
+@click.option("--spaces", is_flag=True, help="What may be changed with what, and what forbids it.")
+@click.option("--kind", help="Kind of map: diagonal, orthogonal or invertible; implies --spaces.")
 @as_json
-def inspect(model: str, spaces: bool, json_: bool) -> None:
+def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
     """Show the program in MODEL, or in a compiled folder."""
     program = _program(model)
-    if spaces:
+    if spaces or kind:
         canonical = program
         if len(program.history) == 1:  # a fresh capture; the analysis reads the canonical form
             passes = make_passes("canonicalize{optional=true}")
             canonical = pipeline.run_pipeline(program, passes)
-        found = find_spaces(canonical)
+        found = find_spaces(canonical, kind or "diagonal")
         if json_:
             _print_json({"spaces": space_rows(found)})
         else:

@@ -21,6 +21,9 @@ BUILT_IN = {
         "canonicalize": "qcompiler.passes.canonicalize:Canonicalize",
         "fold": "qcompiler.passes.fold:Fold",
         "quantize": "qcompiler.passes.quantize:Quantize",
+        "untie": "qcompiler.passes.untie:Untie",
+        "absorb_gains": "qcompiler.passes.absorb_gains:AbsorbGains",
+        "rotate": "qcompiler.passes.rotate:Rotate",
         "smooth": "qcompiler.passes.smooth:Smooth",
     },
     "qcompiler.backends": {

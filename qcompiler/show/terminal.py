@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qcompiler.diff import Diff
 from qcompiler.history import Step
-from qcompiler.program import Program, node_id, op_name
+from qcompiler.program import Program, op_name
 from qcompiler.show.account import Account, error_text, reasons, refusals
 from qcompiler.sites import sites
 from qcompiler.spaces import Member, Space
@@ -94,7 +94,7 @@ def print_program(console: Console, program: Program) -> None:
 
 
 def print_spaces(console: Console, found: list[Space]) -> None:
-    """What may be scaled with what, and who forbids it elsewhere, in words."""
+    """What may be changed with what, and who forbids it elsewhere, in words."""
     for space, row in zip(found, space_rows(found), strict=True):
         written, read = (", ".join(_ids(m)) or "nobody" for m in (space.producers, space.consumers))
         console.print(
@@ -117,7 +117,7 @@ def space_rows(found: list[Space]) -> list[dict[str, object]]:
         {
             "id": s.id,
             "size": s.size,
-            "kind": "diagonal",
+            "kind": s.kind,
             "producers": _ids(s.producers),
             "consumers": _ids(s.consumers),
             "blocked_by": [{"node": b.node, "reason": b.reason} for b in s.blocked_by],
@@ -128,4 +128,4 @@ def space_rows(found: list[Space]) -> list[dict[str, object]]:
 
 def _ids(members: Sequence[Member]) -> list[str]:
     """Names of the parameters, each once: one may take part with two of its axes."""
-    return list(dict.fromkeys(node_id(m.node) for m in members))
+    return list(dict.fromkeys(m.name for m in members))

@@ -1,8 +1,8 @@
 """Channel spaces: where a map and its inverse can be put, found from the graph alone.
 
 `find(program)` walks the operators once (`rules.py`), gives every axis of every value a term
-(`terms.py`) and asks which maps of a kind cancel out: factors per channel (`diagonal.py`) or matrices
-that mix channels (`matrix.py`). All kinds read the same statements.
+(`terms.py`) and asks which maps of a kind cancel out: factors per channel (`diagonal.py`) or
+matrices that mix channels (`matrix.py`). All kinds read the same statements.
 """
 
 from __future__ import annotations

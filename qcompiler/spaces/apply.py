@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
 
@@ -20,19 +22,26 @@ def apply_scale(edit: Edit, space: Space, scale: Tensor, name: str) -> None:
     computed now, so the edit is exact by construction and `fold` rounds once.
     """
     if space.blocked_by:
-        first = space.blocked_by[0]
-        raise BadInput(f"space {space.id} is blocked at {first.node}: {first.reason}")
+        blocker = space.blocked_by[0]
+        raise BadInput(f"space {space.id} is blocked at {blocker.node}: {blocker.reason}")
     if tuple(scale.shape) != (space.size,):
         raise BadInput(f"space {space.id} takes {space.size} scales; found {list(scale.shape)}")
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise BadInput(f"scales of space {space.id} must be positive and finite")
-    first_node = space.params[0].node
-    source = edit.new_param(name, scale.to(torch.float32), like=first_node)
+    first = space.params[0].node
+    source = edit.new_param(name, scale.to(torch.float32), like=first)
+    spread(edit, source, space, space.params, 1)
+
+
+def spread(
+    edit: Edit, source: fx.Node, space: Space, members: Sequence[Member], power: int
+) -> None:
+    """Multiply `members` by source ** (power · exponent), `source` being (space.size,)."""
     edges = {n.name: n for n in edit.graph.nodes}
-    for number, member in enumerate(space.params):
+    for number, member in enumerate(members):
         node = edges[member.node.name]
-        factor = _factor(edit, source, member, f"{name}.index{number}", space.size)
-        edges[member.node.name] = _scaled(edit, node, factor, member.exponent)
+        factor = _factor(edit, source, member, f"{node_id(source)}.index{number}", space.size)
+        edges[member.node.name] = _scaled(edit, node, factor, power * member.exponent)
 
 
 def _factor(edit: Edit, source: fx.Node, member: Member, name: str, size: int) -> fx.Node:
@@ -91,7 +100,7 @@ def apply_matrix(edit: Edit, space: Space, matrix: Tensor, name: str) -> fx.Node
     if space.kind == "orthogonal" and not gap <= 1e-12:
         raise BadInput(f"space {space.id} takes an orthogonal matrix; T Tᵀ is off by {gap:.1e}")
     if not float(torch.linalg.cond(matrix)) < 1e6:
-        raise BadInput(f"space {space.id} takes an invertible matrix; this one is (nearly) singular")
+        raise BadInput(f"space {space.id} takes an invertible matrix; this one is nearly singular")
     first = space.params[0].node
     source = edit.new_param(name, matrix, like=first)
     forward = edit.call(aten.t.default, source, like=first)

@@ -116,6 +116,8 @@ class Axes:
     statements: list[Statement] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
     """Operators without a rule, and how often they occur."""
+    edges: set[fx.Node] = field(default_factory=set)
+    """Where a weight comes from: parameters, and the last arithmetic on a weight's edge."""
 
     # --- values --------------------------------------------------------------------------------
 

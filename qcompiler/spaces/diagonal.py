@@ -140,7 +140,7 @@ class _Report:
     def _space(self, id: int, root: Leaf, members: list[tuple[Leaf, int]]) -> Space | None:
         real = [(leaf, c) for leaf, c in members if not leaf.value.virtual]
         program = self._axes.program
-        is_param = [program.param_of(leaf.value.node) is not None for leaf, _ in real]
+        is_param = [leaf.value.node in self._axes.edges for leaf, _ in real]
         if not any(is_param) or not isinstance(root.atom.size, int):
             return None
         # Factors of the scale: the atom itself, and those that it may depend on.

@@ -66,7 +66,7 @@ def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
     for root, members in groups.items():
         real = [(leaf, sign) for leaf, sign in members if not leaf.value.virtual]
         active = [m for m in real if m[0].value.node in program.activations]
-        params = [m for m in real if program.param_of(m[0].value.node) is not None]
+        params = [m for m in real if m[0].value.node in axes.edges]
         size = root.atom.size
         known = all(fixed(leaf.value.axes[leaf.axis]) for leaf, _ in (*active, *params))
         if not params or not isinstance(size, int) or not known:

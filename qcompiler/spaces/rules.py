@@ -33,8 +33,12 @@ def walk(program: Program) -> Axes:
         elif node.op == "placeholder":
             if is_tensor(node) and node.meta["val"].is_floating_point():
                 value = axes.new(node)
-                if program.param_of(node) is None:
+                if program.param_of(node) is not None:
+                    axes.edges.add(node)
+                else:
                     axes.mark(node, value, "it is an input of the program")
+        elif node not in program.activations and node.target not in op.LAYOUT:
+            _weight_expression(axes, node)
         elif is_tensor(node) and node.meta["val"].is_floating_point():
             before = len(axes.statements)
             _rule(axes, node)
@@ -70,6 +74,16 @@ def _rule(axes: Axes, node: fx.Node) -> None:
         _SPECIAL[target](axes, node)
     else:
         _unknown(axes, node)
+
+
+def _weight_expression(axes: Axes, node: fx.Node) -> None:
+    """Arithmetic on a weight's edge: a further map goes behind it, whatever it computes."""
+    if is_tensor(node) and node.meta["val"].is_floating_point():
+        axes.new(node)
+        axes.edges.add(node)
+    for value in filter(None, map(axes.of, node.all_input_nodes)):
+        axes.mark(node, value, "an expression on its edge reads it")
+        axes.edges.discard(value.node)
 
 
 def _speak_for_all(axes: Axes, node: fx.Node, before: int) -> None:

@@ -107,3 +107,5 @@ RESHAPES = {
 }
 PERMUTATIONS = {aten.transpose.int, aten.permute.default, aten.t.default}
 NORMS = {aten.rms_norm.default, aten.layer_norm.default}
+LAYOUT = PASS | RESHAPES | PERMUTATIONS | {aten.slice.Tensor, aten.cat.default, aten.select.int}
+"""Operators that only lay a weight out: its channels are still its own."""

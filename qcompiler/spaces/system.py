@@ -32,6 +32,8 @@ class Blocker:
 
     node: str
     reason: str
+    produces: bool = False
+    """The node makes the value: one more operator right behind it would free the space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,14 @@ class Member:
     """int64. Factors: broadcastable to the tensor, position in the flat scale, `Space.size` where
     none. Matrices: along `axis`, the channel of the map that stands there, -1 where none."""
     axis: int = -1
+
+    @property
+    def name(self) -> str:
+        """The parameter that it is, or that the expression on its edge is about."""
+        node = self.node
+        while node.op != "placeholder":
+            node = node.all_input_nodes[0]
+        return node_id(node)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +218,8 @@ class System(ABC):
 
     def zero(self, leaf: Leaf, node: fx.Node, reason: str) -> None:
         root, _ = self.find(leaf)
-        self.marks[root][Blocker(node_id(node), reason)] = None
+        produces = leaf.value.node is node and not leaf.value.virtual
+        self.marks[root][Blocker(node_id(node), reason, produces)] = None
 
     def _run_parallel(self, leaf: Leaf, atoms: set[Atom]) -> None:
         root, _ = self.find(leaf)

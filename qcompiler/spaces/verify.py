@@ -71,11 +71,9 @@ def changed(program: Program, space: Space, seed: int) -> Program:
 def random_matrix(space: Space, generator: torch.Generator) -> Tensor:
     """Orthogonal, or with singular values between 0.5 and 1.5. Shape (size, size), float64."""
     shape = (space.size, space.size)
-    u, v = (
-        torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))[0]
-        for _ in range(2)
-    )
+    noise = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    turns: Tensor = torch.linalg.qr(noise)[0]
     if space.kind == "orthogonal":
-        return u
+        return turns[0]
     values = torch.rand(space.size, generator=generator, dtype=torch.float64) + 0.5
-    return u * values @ v
+    return turns[0] * values @ turns[1]

@@ -1,0 +1,78 @@
+"""Hadamard matrices: entries ±1, H Hᵀ = n I. What spreads an outlier evenly over all channels.
+
+    H_{2n} = H_2 ⊗ H_n                    (Sylvester)
+    n = q + 1,    q ≡ 3 mod 4 a prime     (Paley I)
+    n = 2(q + 1), q ≡ 1 mod 4 a prime     (Paley II)
+
+R. Paley, "On orthogonal matrices", 1933. A product of the first with one of the others gives every
+size that is common in networks; `hadamard` returns None for the rest (92, say).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hadamard(n: int) -> Tensor | None:
+    """An n × n Hadamard matrix, float64, or None if no construction here gives one."""
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if n == 2:
+        return _two()
+    if n % 4:
+        return None
+    if _prime(n - 1):
+        return _paley_one(n - 1)
+    if _prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
+        return _paley_two(n // 2 - 1)
+    half = hadamard(n // 2)
+    if half is None:
+        return None
+    whole: Tensor = torch.kron(_two(), half)
+    return whole
+
+
+def random_hadamard(n: int, generator: torch.Generator) -> Tensor | None:
+    """H diag(±1) / √n, orthogonal (QuaRot, Ashkboos et al. 2024, section 2), or None."""
+    matrix = hadamard(n)
+    if matrix is None:
+        return None
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0
+    turned: Tensor = matrix * signs / n**0.5
+    return turned
+
+
+def _two() -> Tensor:
+    return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+
+
+def _jacobsthal(q: int) -> Tensor:
+    """Q[i, j] = χ(i - j), the quadratic character modulo q."""
+    character = -torch.ones(q, dtype=torch.float64)
+    character[torch.arange(q) ** 2 % q] = 1
+    character[0] = 0
+    index = torch.arange(q)
+    return character[(index[:, None] - index[None, :]) % q]
+
+
+def _bordered(q: int, sign: float) -> Tensor:
+    """[[0, 1ᵀ], [sign · 1, Q]]"""
+    matrix = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    matrix[0, 1:], matrix[1:, 0], matrix[1:, 1:] = 1, sign, _jacobsthal(q)
+    return matrix
+
+
+def _paley_one(q: int) -> Tensor:
+    return _bordered(q, -1.0) + torch.eye(q + 1, dtype=torch.float64)
+
+
+def _paley_two(q: int) -> Tensor:
+    corner = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(_bordered(q, 1.0), _two()) + torch.kron(
+        torch.eye(q + 1, dtype=torch.float64), corner
+    )
+
+
+def _prime(q: int) -> bool:
+    return q > 2 and all(q % d for d in range(2, int(q**0.5) + 1))

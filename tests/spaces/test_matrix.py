@@ -1,0 +1,176 @@
+"""Spaces of matrices, their verification, and the passes that use them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from wirings import PIECES, Block
+
+import qcompiler
+from qcompiler import BadInput, Edit, PassError, Program
+from qcompiler.hadamard import hadamard, random_hadamard
+from qcompiler.pipeline import run_pipeline
+from qcompiler.program import node_id
+from qcompiler.registry import make_passes
+from qcompiler.spaces import find
+from qcompiler.spaces.apply import apply_matrix
+
+Captured = Callable[..., tuple[nn.Module, object, Program]]
+READY = "canonicalize,untie{optional=true},absorb_gains{optional=true}"
+
+FREE = {  # norms not prepared: value → output, and query · key where no rotary stands between
+    "llama": 2, "qwen3": 2, "opt": 4, "gpt2": 4, "bert": 4, "vit": 4, "cnn": 0,
+}  # fmt: skip
+
+
+def canonical(program: Program) -> Program:
+    return run(program, "canonicalize{optional=true}")
+
+
+def rotation(size: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+
+
+def run(program: Program, pipeline: str) -> Program:
+    return run_pipeline(program, make_passes(pipeline))
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_free_space_takes_any_matrix(name: str, captured: Captured) -> None:
+    found = qcompiler.verify(canonical(captured(name)[2]), kinds=("orthogonal", "invertible"))
+    assert all(v.holds for v in found)
+    count = Counter(v.space.kind for v in found)
+    assert count["orthogonal"] == count["invertible"] == FREE[name]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=3))
+def test_random_wirings(plan: list[str]) -> None:
+    torch.manual_seed(len(plan))
+    program = canonical(qcompiler.capture(Block(plan), torch.randn(3, 5, Block.WIDTH)))
+    for verified in qcompiler.verify(program, kinds=("orthogonal", "invertible")):
+        assert verified.error <= 1e-9, (plan, [m.name for m in verified.space.params])
+
+
+def test_wirings_offer_something() -> None:
+    """Nobody passes the test above by finding nothing."""
+    for piece in ("gate", "relu", "split", "bilinear"):
+        program = canonical(qcompiler.capture(Block(["gate", piece]), torch.randn(3, 5, 12)))
+        free = [s for s in find(program, "invertible") if not s.blocked_by and len(s.params) > 1]
+        # What leaves the first gate is read by linears alone.
+        assert any(s.size == Block.WIDTH for s in free), piece
+
+
+def test_a_matrix_that_ignores_its_blockers_is_seen(captured: Captured) -> None:
+    """No space is refused without need: with its marks ignored, the function changes."""
+    program = run(captured("llama")[2], READY)
+    inputs = program.io.flatten((), captured("llama")[1])
+    wanted = program.flat(inputs)
+    blocked = [s for s in find(program, "orthogonal") if s.blocked_by and s.consumers]
+    assert blocked
+    for space in blocked:
+        edit = Edit(program, "forced")
+        edit.spend("forced")
+        apply_matrix(edit, space, rotation(space.size), "r")
+        got = edit.seal()[0].flat(inputs)
+        gap = [(a - b).abs().max() for a, b in zip(wanted, got, strict=True) if torch.is_tensor(a)]
+        assert max(gap) > 1e-5, [m.name for m in space.params]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_rotate_finds_r1_r2_and_r4(name: str, captured: Captured) -> None:
+    program = run(captured(name)[2], READY + ",rotate{online=true seed=3}")
+    step = program.history[-1]
+    sizes = Counter(int(e.why.split(" of ")[1].split()[0]) for e in step.edits)
+    assert sizes == {48: 1, 12: 2, 80: 2}  # stream, heads' values, inputs of down_proj
+    assert step.metrics["error"] <= 1e-13
+    stream = next(e for e in step.edits if " of 48 " in e.why)
+    touched = " ".join(stream.nodes)
+    for part in ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate", "up_proj", "down"):
+        assert part in touched
+    assert "lm_head" in touched
+    offline = run(captured(name)[2], READY + ",rotate")
+    assert len(offline.history[-1].edits) == 3
+    assert any("multiplied channel by channel" in r.why for r in offline.history[-1].skipped)
+
+
+def test_gains_are_absorbed_or_told(captured: Captured) -> None:
+    program = run(captured("qwen3")[2], "canonicalize,absorb_gains")
+    step = program.history[-1]
+    assert len(step.edits) == 5 and step.metrics["error"] <= 1e-13
+    norms = [r for r in step.skipped if "its gain stays" in r.why]
+    assert len(norms) == 4 and all("_norm" in r.nodes[0] for r in norms)  # q and k, two layers
+
+
+def test_a_tied_table_is_untied(captured: Captured) -> None:
+    program = run(captured("gpt2")[2], "canonicalize,untie")
+    table = program.by_id["transformer.wte.weight"]
+    assert [node_id(u) for u in table.users] == ["transformer.wte/embedding#0"]
+    with pytest.raises(PassError, match="changed nothing"):
+        run(captured("llama")[2], "canonicalize,untie")
+
+
+def test_rotation_survives_fold_save_and_lowering(captured: Captured, tmp_path: Path) -> None:
+    model, example, _ = captured("llama")
+    passes = READY + ",rotate{online=true},fold,assign,quantize"
+    compiled = qcompiler.compile(model, example, passes=passes)
+    compiled.save(tmp_path / "out")
+    again = qcompiler.load(tmp_path / "out")
+    flat = compiled.program.io.flatten((), example)
+    assert torch.equal(compiled.artifact.run(flat)[0], again.artifact.run(flat)[0])
+    formula = compiled.diff().why("model.layers.0.self_attn.v_proj.weight")
+    assert any("rotate." in text and "input_layernorm" in text for _, _, text in formula)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        (torch.eye(5), "takes a 12 × 12 matrix"),
+        (torch.ones(12, 12), "orthogonal matrix"),
+        (2 * torch.eye(12), "orthogonal matrix"),
+        (torch.full((12, 12), float("nan")), "orthogonal matrix"),
+    ],
+)
+def test_bad_matrices_are_refused(matrix: torch.Tensor, words: str, captured: Captured) -> None:
+    program = canonical(captured("llama")[2])
+    space = next(s for s in find(program, "orthogonal") if not s.blocked_by and len(s.params) > 1)
+    edit = Edit(program, "test")
+    edit.spend("wrong")
+    with pytest.raises(BadInput, match=words):
+        apply_matrix(edit, space, matrix, "r")
+
+
+def test_a_singular_matrix_is_refused(captured: Captured) -> None:
+    program = canonical(captured("llama")[2])
+    space = next(s for s in find(program, "invertible") if not s.blocked_by and len(s.params) > 1)
+    edit = Edit(program, "test")
+    edit.spend("wrong")
+    with pytest.raises(BadInput, match="invertible matrix"):
+        apply_matrix(edit, space, torch.ones(12, 12), "r")
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 40, 48, 60, 76, 80, 108, 140, 256, 2816])
+def test_hadamard(n: int) -> None:
+    matrix = hadamard(n)
+    assert matrix is not None
+    assert bool((matrix.abs() == 1).all())
+    assert torch.equal(matrix @ matrix.t(), n * torch.eye(n, dtype=torch.float64))
+
+
+def test_sizes_without_a_construction() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in (3, 6, 92):
+        assert hadamard(n) is None and random_hadamard(n, generator) is None
+
+
+def test_unknown_kind(captured: Captured) -> None:
+    with pytest.raises(BadInput, match="did you mean 'orthogonal'"):
+        find(canonical(captured("cnn")[2]), "ortogonal")
