@@ -33,6 +33,7 @@ INFIX = {
     aten.add.Tensor: "+",
     aten.sub.Tensor: "-",
 }
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """Largest relative output error that one rounding of every weight may cost, by storage type."""
 
@@ -84,9 +85,18 @@ def _formula(node: fx.Node) -> str:
     if node.target in TURNS:
         return f"({parts[0]})ᵀ" if " " in parts[0] else f"{parts[0]}ᵀ"
     if node.target in INFIX and len(parts) == 2:
+        if node.target not in SUMS:
+            inputs = node.all_input_nodes
+            parts = [f"({p})" if _is_sum(n) else p for n, p in zip(inputs, parts, strict=True)]
         return f" {INFIX[node.target]} ".join(parts)
-    constants = [str(a) for a in node.args if isinstance(a, int | float)]
+    constants = [str(a) for a in node.args if type(a) in (int, float)]
     return f"{op_name(node.target)}({', '.join(parts + constants)})"
+
+
+def _is_sum(node: fx.Node) -> bool:
+    while node.target in VIEWS or node.target in LAYOUT:
+        node = node.all_input_nodes[0]
+    return node.target in SUMS
 
 
 def _principal(node: fx.Node) -> fx.Node:

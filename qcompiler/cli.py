@@ -135,7 +135,9 @@ def _print_summary(compiled: Compiled, output: Path) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--spaces", is_flag=True, help="What may be changed with what, and what forbids it.")
-@click.option("--kind", help="Kind of map: diagonal, orthogonal or invertible; implies --spaces.")
+@click.option(
+    "--kind", help="Kind of map: diagonal, orthogonal, invertible or centring; implies --spaces."
+)
 @as_json
 def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
     """Show the program in MODEL, or in a compiled folder."""

@@ -35,13 +35,20 @@ def apply_scale(edit: Edit, space: Space, scale: Tensor, name: str) -> None:
 
 def spread(
     edit: Edit, source: fx.Node, space: Space, members: Sequence[Member], power: int
-) -> None:
-    """Multiply `members` by source ** (power · exponent), `source` being (space.size,)."""
+) -> dict[fx.Node, fx.Node]:
+    """Multiply `members` by source ** (power · exponent), `source` being (space.size,).
+
+    Returns the multiplied nodes, each with what it was before.
+    """
     edges = {n.name: n for n in edit.graph.nodes}
+    before: dict[fx.Node, fx.Node] = {}
     for number, member in enumerate(members):
         node = edges[member.node.name]
         factor = _factor(edit, source, member, f"{node_id(source)}.index{number}", space.size)
-        edges[member.node.name] = _scaled(edit, node, factor, power * member.exponent)
+        scaled = _scaled(edit, node, factor, power * member.exponent)
+        edges[member.node.name] = scaled
+        before[scaled] = before.get(node, node)
+    return before
 
 
 def _factor(edit: Edit, source: fx.Node, member: Member, name: str, size: int) -> fx.Node:

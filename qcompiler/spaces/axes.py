@@ -62,9 +62,11 @@ class Product:
 
 DIAGONAL = frozenset({"diagonal"})
 ORTHOGONAL = frozenset({"orthogonal"})
-MATRIX = frozenset({"orthogonal", "invertible"})
+CENTRING = frozenset({"centring"})
+MATRIX = frozenset({"orthogonal", "invertible"}) | CENTRING
 ALL = DIAGONAL | MATRIX
-"""Kinds of maps on an axis: positive factors per channel, and matrices that mix channels."""
+"""Kinds of maps on an axis: positive factors per channel, and matrices that mix channels (centring
+is one matrix, x - mean(x))."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +172,9 @@ class Axes:
                     self.statements.append(Mark(node, place, reason))
         self.statements.append(Same(node, tuple(kept), kinds))
 
-    def all_same(self, node: fx.Node, a: Value, b: Value) -> None:
+    def all_same(self, node: fx.Node, a: Value, b: Value, kinds: frozenset[str] = ALL) -> None:
         """Axis i of `a` is axis i of `b`."""
-        self.same(node, [([Place(a, i)], [Place(b, i)]) for i in range(len(a.axes))])
+        self.same(node, [([Place(a, i)], [Place(b, i)]) for i in range(len(a.axes))], kinds)
 
     def product(self, node: fx.Node, text: str, operands: Sequence[Value], result: Value) -> None:
         """State `result = product(operands)` in the notation of `semantics.py` (no numbers)."""

@@ -9,7 +9,8 @@ The unknown of a leaf is a matrix T on its atom: a value v there becomes T v. St
 
 `orthogonal` maps are their own inverse transpose and pass RMSNorm's core (‖T x‖ = ‖x‖), which is
 what rotations are made of (Ashkboos et al. 2024, section 3); `invertible` ones do neither. One T
-serves all indices of the other axes, of all heads, say.
+serves all indices of the other axes, of all heads, say. `centring` is a single map, x - mean(x),
+which LayerNorm's core absorbs: its space is a stream that nobody else reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from qcompiler.program import op_name
 from qcompiler.spaces.axes import Axes
 from qcompiler.spaces.system import Leaf, Member, Space, System, orientation
 from qcompiler.spaces.terms import digits, fixed
@@ -50,7 +52,21 @@ class _Orthogonal(_Invertible):
         """An orthogonal map is its own inverse transpose."""
 
 
-SYSTEMS: dict[str, type[System]] = {s.kind: s for s in (_Invertible, _Orthogonal)}
+class _Centring(_Orthogonal):
+    """x - mean(x): LayerNorm's core does not see the difference, a product would."""
+
+    kind: ClassVar[str] = "centring"
+
+    def equation(self, node: fx.Node, operands: list[Leaf], results: list[Leaf]) -> None:
+        """A sum over the axis sees the mean, and so does a product along it."""
+        if len(operands) == 1:
+            self.join(operands[0], results[0], 1, node)
+        else:
+            for leaf in (*operands, *results):
+                self.zero(leaf, node, f"{op_name(node.target)} reads it with its mean")
+
+
+SYSTEMS: dict[str, type[System]] = {s.kind: s for s in (_Orthogonal, _Invertible, _Centring)}
 
 
 def matrix_spaces(axes: Axes, kind: str) -> list[Space]:

@@ -9,6 +9,7 @@ from qcompiler.program import Program, is_tensor, op_name, shape_of
 from qcompiler.spaces import semantics as op
 from qcompiler.spaces.axes import (
     ALL,
+    CENTRING,
     DIAGONAL,
     MATRIX,
     ORTHOGONAL,
@@ -140,8 +141,9 @@ def _pass(axes: Axes, node: fx.Node) -> None:
     if x is None:
         axes.mark(node, result, "it is made from integers")
     else:
-        axes.all_same(node, x, result)
-        if node.target in op.HOMOGENEOUS:
+        homogeneous = node.target in op.HOMOGENEOUS
+        axes.all_same(node, x, result, DIAGONAL if homogeneous else ALL)
+        if homogeneous:
             _nonlinear(axes, node, x, result)
 
 
@@ -170,16 +172,18 @@ def _norm(axes: Axes, node: fx.Node) -> None:
     result = axes.new(node)
     core = axes.new(node, virtual=True, axes=list(x.axes))
     why = f"{op_name(node.target)} normalises it"
-    rotates = node.target is aten.rms_norm.default and len(node.args[1]) == 1  # type: ignore
-    others = range(len(x.axes) - 1)
-    for value in (x, core):
-        axes.mark(node, value, why, kinds=ALL - ORTHOGONAL if rotates else ALL)
-        if rotates:
-            axes.mark(node, value, why, others, ORTHOGONAL)
-    if rotates:
-        axes.same(
-            node, [([Place(x, -1 % len(x.axes))], [Place(core, -1 % len(x.axes))])], ORTHOGONAL
-        )
+    *others, last = range(len(x.axes))
+    passes: frozenset[str] = frozenset()
+    if len(node.args[1]) == 1:  # type: ignore[arg-type]
+        passes = ORTHOGONAL if node.target is aten.rms_norm.default else CENTRING
+    axes.mark(node, x, why, kinds=ALL - passes)
+    axes.mark(node, x, why, others, passes)
+    if passes == ORTHOGONAL:
+        axes.mark(node, core, why, kinds=ALL - passes)
+        axes.mark(node, core, why, others, passes)
+        axes.same(node, [([Place(x, last)], [Place(core, last)])], ORTHOGONAL)
+    else:  # LayerNorm takes the mean off by itself; what it returns has none
+        axes.mark(node, core, why)
     axes.product(node, "*, * -> *" if gain else "* -> *", [core, gain] if gain else [core], result)
     if bias is not None and node.target is aten.layer_norm.default:
         axes.product(node, "* -> *", [bias], result)

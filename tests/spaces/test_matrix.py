@@ -24,7 +24,7 @@ from qcompiler.spaces import find
 from qcompiler.spaces.apply import apply_matrix
 
 Captured = Callable[..., tuple[nn.Module, object, Program]]
-READY = "canonicalize,untie{optional=true},absorb_gains{optional=true}"
+READY = "canonicalize,untie{optional=true},absorb_norms{optional=true}"
 
 FREE = {  # norms not prepared: value → output, and query · key where no rotary stands between
     "llama": 2, "qwen3": 2, "opt": 4, "gpt2": 4, "bert": 4, "vit": 4, "cnn": 0,
@@ -103,11 +103,47 @@ def test_rotate_finds_r1_r2_and_r4(name: str, captured: Captured) -> None:
 
 
 def test_gains_are_absorbed_or_told(captured: Captured) -> None:
-    program = run(captured("qwen3")[2], "canonicalize,absorb_gains")
+    program = run(captured("qwen3")[2], "canonicalize,absorb_norms")
     step = program.history[-1]
     assert len(step.edits) == 5 and step.metrics["error"] <= 1e-13
     norms = [r for r in step.skipped if "its gain stays" in r.why]
     assert len(norms) == 4 and all("_norm" in r.nodes[0] for r in norms)  # q and k, two layers
+
+
+@pytest.mark.parametrize(("name", "norms"), [("opt", 5), ("gpt2", 5), ("vit", 5)])
+def test_layernorm_models_are_rotated(name: str, norms: int, captured: Captured) -> None:
+    """Centred writers make RMSNorms of all LayerNorms, and R1 is free."""
+    program = run(captured(name)[2], READY + ",center")
+    assert len(program.history[-2].edits) == norms and not program.history[-2].skipped
+    assert len(program.history[-1].edits) == 1
+    assert program.history[-1].metrics["error"] <= 1e-13
+    ops = Counter(n.target for n in program.graph.nodes)
+    assert ops[torch.ops.aten.rms_norm.default] == norms
+    assert ops[torch.ops.aten.layer_norm.default] == 0
+    rotated = run(program, "rotate{online=true},fold")
+    step = rotated.history[-2]
+    sizes = Counter(int(e.why.split(" of ")[1].split()[0]) for e in step.edits)
+    assert sizes == {48: 1, 12: 2, 80: 2}
+    assert step.metrics["error"] <= 1e-13
+    assert any(" - mean(" in e.why and ") · rotate" in e.why for e in rotated.history[-1].edits)
+
+
+def test_the_mean_is_not_taken_from_who_sees_it(captured: Captured) -> None:
+    """RMSNorm sees it (a centred Llama is another model), and so does a post-norm's next reader."""
+    with pytest.raises(PassError, match="changed nothing"):
+        run(captured("llama")[2], "canonicalize,center")
+    program = run(captured("bert")[2], "canonicalize,center")
+    step = program.history[-1]
+    assert [e.nodes[0] for e in step.edits] == ["embeddings.LayerNorm/layer_norm#0"]
+    assert len(step.skipped) == 4
+    assert all("the mean of its input is seen" in r.why for r in step.skipped)
+
+
+def test_a_bias_that_others_read_stays(captured: Captured) -> None:
+    with pytest.raises(PassError, match="changed nothing"):
+        run(captured("bert")[2], "canonicalize,absorb_norms")
+    program = run(captured("bert")[2], "canonicalize,absorb_norms{optional=true}")
+    assert all("its bias stays: " in r.why for r in program.history[-1].skipped)
 
 
 def test_a_tied_table_is_untied(captured: Captured) -> None:
