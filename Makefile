@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench architectures clean
 
 demo: $(STAMP)  ## compile the tiny Llama with outliers and measure what came of it
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,9 @@ bench: $(STAMP)  ## speed beside other tools, and what a compilation costs (half
 	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,bench]'
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/compile.py
+
+architectures: $(STAMP)  ## docs/architectures.md, from the models of tests/architectures
+	$(BIN)/python tests/architectures/table.py
 
 # torch first and pinned: without it, a package that asks for torch brings several GB of CUDA.
 $(STAMP): pyproject.toml constraints.txt

@@ -19,7 +19,7 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
     vocabulary and masks stay 0/1.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = {d: _size(i, seed, *bounds) for i, (d, bounds) in enumerate(io.dims.items())}
+    chosen = drawn_sizes(io, seed)
     for name, wanted in (sizes or {}).items():
         if name in io.dims:
             low, high = io.dims[name]
@@ -31,6 +31,11 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
     return tuple(
         _draw(port, chosen, generator) if port.is_tensor else port.constant for port in io.ports
     )
+
+
+def drawn_sizes(io: Signature, seed: int) -> dict[str, int]:
+    """The size of each dynamic dimension in `random_inputs(io, seed)`."""
+    return {d: _size(i, seed, *bounds) for i, (d, bounds) in enumerate(io.dims.items())}
 
 
 def check_inputs(io: Signature, example: Flat | None) -> list[Flat]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def _jitter(model: nn.Module) -> nn.Module:
+def jitter(model: nn.Module) -> nn.Module:
     """Move gains away from 1 and biases away from 0, so that a forgotten one is seen."""
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
@@ -167,7 +167,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, obj
     """A model of `MODELS` with jittered parameters, in evaluation mode, and example inputs."""
     torch.manual_seed(0)
     model, example = MODELS[name]()
-    model = _jitter(model).to(dtype).eval()
+    model = jitter(model).to(dtype).eval()
 
     def cast(x: object) -> object:
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x

@@ -15,11 +15,14 @@ from qcompiler.edit import Edit
 from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
-from qcompiler.passes.canonicalize import attention, batchnorm, linear, norms, tidy
+from qcompiler.passes.canonicalize import attention, batchnorm, fused, linear, norms, tidy
 
 RULES = (
     tidy.drop_no_ops,
     tidy.raise_splits,
+    fused.select_before_permute,
+    fused.slice_constant_index,
+    fused.slice_fused,
     tidy.merge_equal,
     norms.raise_rms_core,
     norms.raise_layer_norm,
@@ -30,6 +33,7 @@ RULES = (
     linear.raise_linear,
     linear.absorb_bias,
     linear.drop_flattening,
+    batchnorm.raise_batch_norm,
     batchnorm.fold_batch_norm,
     tidy.drop_no_ops,
 )

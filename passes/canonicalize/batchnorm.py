@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -14,6 +16,19 @@ from qcompiler.edit import Edit
 from qcompiler.passes.canonicalize.norms import is_call
 
 aten = torch.ops.aten
+
+
+def raise_batch_norm(edit: Edit) -> None:
+    """The first result of the decomposed operator in evaluation mode."""
+    for node in edit.calls(operator.getitem):
+        source, index = node.args
+        if index == 0 and is_call(source, aten._native_batch_norm_legit_no_training.default):
+            assert isinstance(source, fx.Node)
+            *tensors, momentum, eps = source.args
+            edit.spend("BatchNorm in evaluation mode", node)
+            args = (*tensors, False, momentum, eps, False)
+            new = edit.call(aten.batch_norm.default, *args, like=node, replaces=[source, node])
+            edit.replace(node, new)
 
 
 def fold_batch_norm(edit: Edit) -> None:

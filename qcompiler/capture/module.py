@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.dynamic import dynamic_shapes, stuck_dims, two_or_more
 from qcompiler.capture.exported import from_exported
 from qcompiler.errors import BadInput
 from qcompiler.io import as_call
@@ -23,28 +24,30 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     names = _forward_names(module)
     with _inference(module):
         kwargs = _without_cache(module, kwargs)
+        call = (args, kwargs)
         if dynamic is not None and dynamic is not True:
             shapes = _exact_shapes(dynamic, args, kwargs, names)
-            return from_exported(_export(module, args, kwargs, shapes), names)
-        wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _two_or_more, (args, kwargs))
-        shapes = pytree.tree_map(_auto, (wide_args, wide_kwargs))
+            return from_exported(_export(module, call, shapes), names)
+        wide = pytree.tree_map_only(Tensor, two_or_more, call)
         try:
-            exported = _export(module, wide_args, wide_kwargs, shapes)
+            program = from_exported(_export(module, wide, dynamic_shapes(wide)), names)
         except BadInput as refused:
             # Some models fix a size in code; the example's own sizes may still go through.
-            static = pytree.tree_map(lambda _: None, (args, kwargs))
-            exported = _export(module, args, kwargs, static)
+            static = pytree.tree_map(lambda _: None, call)
             note = f"captured with the example's sizes only: {refused}"
-            return from_exported(exported, names, note)
-    return from_exported(exported, names)
+            return from_exported(_export(module, call, static), names, note)
+        if not (stuck := stuck_dims(program, program.io.flatten(*wide))):
+            return program
+        shapes = dynamic_shapes(wide, program, set(stuck))
+        return from_exported(_export(module, wide, shapes), names, "; ".join(stuck.values()))
 
 
 def _export(
     module: torch.nn.Module,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
+    call: tuple[tuple[object, ...], dict[str, object]],
     shapes: tuple[object, object],
 ) -> torch.export.ExportedProgram:
+    args, kwargs = call
     arranged = (*shapes[0], *shapes[1].values()) if kwargs else shapes[0]  # type: ignore
     by_name = None
     if kwargs:
@@ -70,26 +73,6 @@ def _explain(error: Exception) -> str:
         what = lines[0] if lines else type(error).__name__
         cure = "see what torch.export supports, or hand over another example input"
     return f"torch.export refuses this model: {what}{f' ({where})' if where else ''}; {cure}"
-
-
-def _two_or_more(x: Tensor) -> Tensor:
-    """Repeat axes of size 1 that should be dynamic: torch.export bakes sizes 0 and 1 in."""
-    for axis in _dynamic_axes(x):
-        if x.shape[axis] == 1:
-            x = torch.cat([x, x], axis)
-    return x
-
-
-def _dynamic_axes(x: Tensor) -> tuple[int, ...]:
-    """Batch, and the sequence of token ids, masks (2-D) and embedded sequences (3-D)."""
-    tokens = x.ndim == 2 and not x.is_floating_point()
-    return (0, 1) if tokens or x.ndim == 3 else (0,) if x.ndim else ()
-
-
-def _auto(x: object) -> dict[int, object] | None:
-    if not isinstance(x, Tensor):
-        return None
-    return {axis: torch.export.Dim.AUTO for axis in _dynamic_axes(x)}
 
 
 def _exact_shapes(

@@ -364,6 +364,8 @@ def _slice(axes: Axes, node: fx.Node) -> None:
         return axes.mark(node, result, "it is made from integers")
     axis %= len(x.axes)  # type: ignore[operator]
     width, length = shape_of(node.args[0])[axis], shape_of(node)[axis]  # type: ignore[arg-type,index]
+    if length == 0:
+        return None
     pairs = [([Place(x, i)], [Place(result, i)]) for i in range(len(x.axes)) if i != axis]
     if step == 1 and isinstance(width, int) and isinstance(length, int):
         first = max(start + width if (start or 0) < 0 else start or 0, 0)  # type: ignore
@@ -386,10 +388,10 @@ def _select(axes: Axes, node: fx.Node) -> None:
 
 
 def _cat(axes: Axes, node: fx.Node) -> None:
-    parts = [axes.of(n) for n in node.args[0]]  # type: ignore[union-attr]
     result = axes.new(node)
     axis = (node.args[1] if len(node.args) > 1 else 0) % len(result.axes)  # type: ignore
-    widths = [shape_of(n)[axis] for n in node.args[0]]  # type: ignore
+    inputs = [n for n in node.args[0] if shape_of(n)[axis] != 0]  # type: ignore
+    parts, widths = [axes.of(n) for n in inputs], [shape_of(n)[axis] for n in inputs]
     if any(p is None for p in parts) or not all(isinstance(w, int) for w in widths):
         for value in filter(None, [*parts, result]):
             axes.mark(node, value, "a cat of unknown sizes")
@@ -413,6 +415,51 @@ def _expand(axes: Axes, node: fx.Node) -> None:
     if x is None:
         return axes.mark(node, result, "it is made from integers")
     axes.product(node, "* -> *", [x], result)
+    return None
+
+
+def _rows(axes: Axes, node: fx.Node) -> None:
+    """A gather along one axis: tables of experts by expert, rows in another order, copies."""
+    x = _input(axes, node)
+    axis, count = _gathered(node)
+    if x is None or axis is None:
+        return _unknown(axes, node)
+    result = axes.new(node)
+    names = [f"a{i}" for i in range(len(x.axes))]
+    out = [*names[:axis], *(f"r{i}" for i in range(count)), *names[axis + 1 :]]
+    axes.product(node, f"{' '.join(names)} -> {' '.join(out)}", [x], result)
+    return None
+
+
+def _gathered(node: fx.Node) -> tuple[int | None, int]:
+    """(axis of the input that rows are taken from, axes that stand there afterwards)."""
+    rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    if node.target is aten.repeat_interleave.self_int:
+        axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        return (axis % rank, 1) if isinstance(axis, int) else (None, 0)
+    if node.target is aten.index_select.default:
+        return node.args[1] % rank, 1  # type: ignore[operator,return-value]
+    given = [(i, n) for i, n in enumerate(node.args[1]) if n is not None]  # type: ignore
+    if len(given) != 1 or given[0][1].meta["val"].dtype is torch.bool:  # type: ignore[union-attr]
+        return None, 0
+    return given[0][0], len(shape_of(given[0][1]))  # type: ignore[arg-type]
+
+
+def _pad(axes: Axes, node: fx.Node) -> None:
+    """Zeros around some axes: the others are the same."""
+    x = _input(axes, node)
+    pads, mode, fill = (*node.args[1:], *("constant", None)[len(node.args) - 2 :])[:3]
+    if x is None or mode != "constant" or fill or not isinstance(pads, list | tuple):
+        return _unknown(axes, node)
+    result = axes.new(node)
+    rank, wide = len(x.axes), len(pads) // 2
+    for i in range(rank):
+        at = 2 * (rank - 1 - i)
+        if i >= rank - wide and (pads[at] != 0 or pads[at + 1] != 0):
+            for value in (x, result):
+                axes.mark(node, value, "it is padded along this axis", [i])
+        else:
+            axes.same(node, [([Place(x, i)], [Place(result, i)])])
     return None
 
 
@@ -470,6 +517,10 @@ _SPECIAL = {
     aten.select.int: _select,
     aten.cat.default: _cat,
     aten.expand.default: _expand,
+    aten.index.Tensor: _rows,
+    aten.index_select.default: _rows,
+    aten.repeat_interleave.self_int: _rows,
+    aten.pad.default: _pad,
     aten.matmul.default: _matmul,
     aten.where.self: _where,
 }
