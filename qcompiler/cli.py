@@ -457,7 +457,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[pipeline.Progress], None]]:
         task = bar.add_task("capturing", total=None)
 
         def watch(p: pipeline.Progress) -> None:
-            batch = f", batch {p.batch}" if p.batch else ""
+            unit = "step" if p.doing == "optimizing" else "batch"
+            batch = f", {unit} {p.batch}" + (f"/{p.of}" if p.of else "") if p.batch else ""
             done = p.index + (p.doing == "done")
             bar.update(
                 task, description=f"{p.name}: {p.doing}{batch}", total=p.total, completed=done

@@ -46,7 +46,7 @@ class Pass(ABC):
     name: ClassVar[str]
     effect: ClassVar[Effect]
     needs: ClassVar[tuple[str, ...]] = ()
-    """Facts that need data (`absmax`, `range`): computed by the pipeline before `run`."""
+    """Facts that need data (see `facts.NEEDS`): computed by the pipeline before `run`."""
 
     optional: bool = False
     """A pass that changes nothing is an error, unless it is optional."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompiler.check import Checker, Verdict, sqnr_db
 from qcompiler.diff import Diff, diff, snapshot
@@ -30,8 +30,11 @@ class Progress:
     total: int
     name: str
     doing: str
-    """`rewriting`, `calibrating`, `checking`, `bisecting` or `done`."""
+    """`rewriting`, `calibrating`, `optimizing`, `checking`, `bisecting` or `done`."""
     batch: int = 0
+    """Batches seen so far, or steps done while `optimizing`."""
+    of: int = 0
+    """How many there will be; 0 if not known."""
 
 
 Watcher = Callable[[Progress], None]
@@ -54,9 +57,11 @@ def run_pipeline(
     checker = Checker(program, check_inputs(program.io, example))
     for index, step in enumerate(passes):
 
-        def tell(doing: str, batch: int = 0, at: int = index, name: str = step.name) -> None:
+        def tell(
+            doing: str, batch: int = 0, of: int = 0, at: int = index, name: str = step.name
+        ) -> None:
             if watch is not None:
-                watch(Progress(at, len(passes), name, doing, batch))
+                watch(Progress(at, len(passes), name, doing, batch, of))
 
         program = _run_pass(program, step, data, checker, tell)
         tell("done")
@@ -123,8 +128,9 @@ def _facts(program: Program, step: Pass, data: Data | None, tell: Callable[..., 
     if not needs:
         return Facts(program)
     batches = synthetic_data(program.io) if data is None else data()
-    found = measure(program, batches, lambda n: tell("calibrating", n))
-    return Facts(program, found, synthetic=data is None)
+    found = measure(program, batches, needs, lambda n: tell("calibrating", n))
+    tick = lambda done, total: tell("optimizing", done, total)  # noqa: E731 (a name for one call)
+    return replace(found, synthetic=data is None, tick=tick)
 
 
 def _attempt(

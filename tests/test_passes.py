@@ -111,7 +111,7 @@ def test_smooth_moves_magnitude_into_weights(captured: Captured) -> None:
     from qcompiler.samples import synthetic_data
 
     seen = measure(program, synthetic_data(program.io))
-    absmax = seen["model.decoder.layers.0.fc1/linear#0"].absmax
+    absmax = seen.activation("model.decoder.layers.0.fc1/linear#0").absmax
     torch.testing.assert_close(absmax, torch.ones_like(absmax), rtol=1e-4, atol=0)
 
 
