@@ -23,9 +23,9 @@ from qcompiler.program import node_id, op_name
 aten = torch.ops.aten
 
 VIEWS = {aten.unsqueeze.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
-LAYOUT = {aten.index_select.default, aten.constant_pad_nd.default, aten.to.dtype}
+LAYOUT = {aten.index_select.default, aten.constant_pad_nd.default, aten.to.dtype, aten.cat.default}
 """How a scale is laid out along an axis: no news in a formula."""
-TURNS = {aten.t.default, aten.transpose.int}
+TURNS = {aten.t.default, aten.transpose.int, aten.permute.default}
 INFIX = {
     aten.mul.Tensor: "∘",
     aten.matmul.default: "·",
@@ -67,6 +67,9 @@ class Fold(Pass):
         value = value.to(node.meta["val"].dtype).contiguous()
         leaf = _principal(node)
         edit.spend(f"{node_id(leaf)} = {_formula(node)}", node, leaf)
+        for part in tree:
+            if part.op == "placeholder":
+                edit.settle(part)
         if _only_reader(leaf, node):
             users = list(node.users)
             edit.set_param(leaf, value)

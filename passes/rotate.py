@@ -61,7 +61,7 @@ class Rotate(Pass):
             matrix, word = self._matrix(space.size, generator)
             place = f", computed behind {node_id(behind)}" if behind else ""
             edit.spend(f"{word} of {space.size} channels{place}", *(m.node for m in space.params))
-            source = apply_matrix(edit, space, matrix, f"rotate.{number}")
+            source = apply_matrix(edit, space, matrix, f"rotate.{number}").source
             if behind is not None:
                 _insert(edit, behind, source)
 

@@ -44,6 +44,7 @@ def encode_program(program: Program) -> Json:
         "slots": dict(program.slots),
         "plan": {id: _encode_scheme(s) for id, s in program.plan.items()},
         "counters": dict(program.counters),
+        "maps": dict(program.maps),
         "io": _encode_io(program.io),
     }
 
@@ -69,6 +70,7 @@ def decode_program(raw: Json, params: Mapping[str, Tensor]) -> Program:
         io=io,
         plan={id: _decode_scheme(s) for id, s in raw["plan"].items()},
         counters=raw["counters"],
+        maps=raw.get("maps", {}),
     )
     _propagate(program)
     return program

@@ -50,6 +50,7 @@ class Edit:
         self._slots = dict(program.slots)
         self._plan = dict(program.plan)
         self._counters = dict(program.counters)
+        self._maps = dict(program.maps)
         self._edits: list[_Open] = []
         self._mode = detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
         self._skipped: list[Reason] = []
@@ -173,6 +174,15 @@ class Edit:
         self._params[self._slots[node.name]] = value
         node.meta["val"] = self._fake(value)
 
+    def free(self, node: fx.Node, kind: str) -> None:
+        """Note that the parameter `node` is a map whose inverse is in the graph too."""
+        self._touch(node)
+        self._maps[self._slots[node.name]] = kind
+
+    def settle(self, node: fx.Node) -> None:
+        """Note that the parameter `node` is free no more: what undoes it has been computed."""
+        self._maps.pop(self._slots[node.name], None)
+
     def untie(self, node: fx.Node, users: Iterable[fx.Node]) -> fx.Node:
         """Give `users` their own copy of the shared parameter `node`."""
         name = self._slots[node.name]
@@ -217,6 +227,7 @@ class Edit:
             params={name: self._params[name] for name in slots.values()},
             slots=slots,
             plan={id: scheme for id, scheme in self._plan.items() if id in alive},
+            maps={name: kind for name, kind in self._maps.items() if name in slots.values()},
             counters=self._counters,
         )
         edits = tuple(Reason(e.why, tuple(e.nodes)) for e in self._edits)

@@ -29,7 +29,7 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Range:
-    """What calibration saw of one activation. All float32 (channels,), along the contracted axis."""
+    """What calibration saw of one activation, float32 (channels,), along the contracted axis."""
 
     minimum: Tensor
     maximum: Tensor

@@ -10,27 +10,43 @@ size that is common in networks; `hadamard` returns None for the rest (92, say).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 
 def hadamard(n: int) -> Tensor | None:
     """An n × n Hadamard matrix, float64, or None if no construction here gives one."""
-    if n == 1:
+    m = core_size(n)
+    if m is None:
+        return None
+    matrix = hadamard_core(m)
+    while len(matrix) < n:
+        matrix = torch.kron(_two(), matrix)
+    return matrix
+
+
+def core_size(n: int) -> int | None:
+    """The smallest m with H_n = H_2 ⊗ … ⊗ H_2 ⊗ H_m, or None if no construction here gives one."""
+    if n < 1:
+        return None
+    m = n
+    while m % 2 == 0:
+        m //= 2
+    while m <= n:
+        if m == 1 or (m % 4 == 0 and (_prime(m - 1) or _paley_two_size(m))):
+            return m
+        m *= 2
+    return None
+
+
+@lru_cache(maxsize=32)
+def hadamard_core(m: int) -> Tensor:
+    """H_m for an m that `core_size` gives, float64."""
+    if m == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    if n == 2:
-        return _two()
-    if n % 4:
-        return None
-    if _prime(n - 1):
-        return _paley_one(n - 1)
-    if _prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
-        return _paley_two(n // 2 - 1)
-    half = hadamard(n // 2)
-    if half is None:
-        return None
-    whole: Tensor = torch.kron(_two(), half)
-    return whole
+    return _paley_one(m - 1) if _prime(m - 1) else _paley_two(m // 2 - 1)
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Tensor | None:
@@ -72,6 +88,10 @@ def _paley_two(q: int) -> Tensor:
     return torch.kron(_bordered(q, 1.0), _two()) + torch.kron(
         torch.eye(q + 1, dtype=torch.float64), corner
     )
+
+
+def _paley_two_size(n: int) -> bool:
+    return _prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1
 
 
 def _prime(q: int) -> bool:

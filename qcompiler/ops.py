@@ -7,10 +7,13 @@ an ordinary aten operator.
 `qc::fake_quantize`       x' = dequantize(quantize(x)) with given scales, or dynamic ones
 `qc::dequantize`          a stored (packed) weight as floating point numbers
 `qc::rope`                rotary position embedding, halves or interleaved pairs
+`qc::hadamard`            x Hᵀ / √n along the last axis, as a fast transform
 ========================  =====================================================================
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from qcompiler.formats import (
     range_to_scale,
     unpack,
 )
+from qcompiler.hadamard import core_size, hadamard_core
 
 _library = torch.library.Library("qc", "DEF")
 _library.define(
@@ -32,6 +36,7 @@ _library.define(
     "dequantize(Tensor data, Tensor scale, Tensor? zero, str format, int width, ScalarType dtype)"
     " -> Tensor"
 )
+_library.define("hadamard(Tensor x) -> Tensor")
 _library.define("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
 
 
@@ -56,6 +61,35 @@ def dequantize_packed(
     """Packed integers (…, bytes) to floating point numbers (…, `width`) of `dtype`."""
     fmt = QFormat.parse(format)
     return dequantize(unpack(data, fmt.bits, width, fmt.signed), scale, zero, dtype)
+
+
+def hadamard_transform(x: Tensor, transposed: bool = False) -> Tensor:
+    """x Hᵀ / √n along the last axis (…, n), with H = H₂ ⊗ … ⊗ H₂ ⊗ H_m of `hadamard.hadamard`.
+
+    Each H₂ is one addition and one subtraction of halves, so that n = 2^k m costs n (k + m)
+    operations and not n². A size without a Hadamard matrix (92, say) is an error.
+    """
+    n = int(x.shape[-1])
+    m = core_size(n)
+    if m is None:
+        raise ValueError(f"no Hadamard matrix of size {n} can be constructed")
+    y = x.reshape(*x.shape[:-1], n // m, m)
+    if m > 1:
+        core = hadamard_core(m).to(y)
+        y = y @ (core if transposed else core.t())
+    width = n // m
+    while width > 1:
+        y = y.reshape(*x.shape[:-1], -1, 2, width // 2 * m)
+        first, second = y.unbind(-2)
+        y = torch.stack((first + second, first - second), -2)
+        width //= 2
+    out: Tensor = y.reshape(x.shape) * n**-0.5
+    return out
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """See `hadamard_transform`."""
+    return hadamard_transform(x)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -84,6 +118,12 @@ def _dequantize_shape(
     return data.new_empty((*data.shape[:-1], width), dtype=dtype)
 
 
+def _hadamard_shape(x: Tensor) -> Tensor:
+    if core_size(int(x.shape[-1])) is None:
+        raise ValueError(f"no Hadamard matrix of size {x.shape[-1]} can be constructed")
+    return torch.empty_like(x)
+
+
 def _rope_shape(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     return x * cos + x * sin
 
@@ -91,7 +131,27 @@ def _rope_shape(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) 
 for _name, _run, _shape in (
     ("fake_quantize", fake_quantize, _fake_quantize_shape),
     ("dequantize", dequantize_packed, _dequantize_shape),
+    ("hadamard", hadamard, _hadamard_shape),
     ("rope", rope, _rope_shape),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qc::{_name}", _shape, lib=_library)
+
+
+def _no_context(ctx: Any, inputs: tuple[object, ...], output: object) -> None:
+    """Nothing of the forward is needed backward."""
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Rounding counts as the identity (Bengio et al. 2013)."""
+    return grad, None, None, None
+
+
+def _hadamard_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return hadamard_transform(grad, transposed=True)
+
+
+for _name, _backward in (("fake_quantize", _straight_through), ("hadamard", _hadamard_backward)):
+    torch.library.register_autograd(
+        f"qc::{_name}", _backward, setup_context=_no_context, lib=_library
+    )

@@ -96,6 +96,9 @@ class Program:
     history: tuple[Step, ...] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
     """Next number for each `module.path/op`; ids are never reused."""
+    maps: Mapping[str, str] = field(default_factory=dict)
+    """Parameter → kind of map: any other map of that kind there gives the same function, because
+    its inverse stands wherever it is undone. What a later pass may train."""
 
     # --- reading -------------------------------------------------------------------------------
 

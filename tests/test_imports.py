@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    "errors version",
+    "errors version hadamard",
     "formats ops",
     "io history program match",
     "diff edit run samples sites",
     "facts rounding check spec spaces",
+    "trial",
     "passbase",
     "backend pipeline",
     "registry",

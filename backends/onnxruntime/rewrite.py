@@ -25,7 +25,7 @@ from qcompiler.backends.onnxruntime.layout import (
 )
 from qcompiler.edit import copy_graph
 from qcompiler.formats import QFormat, Scheme
-from qcompiler.ops import fake_quantize, rope
+from qcompiler.ops import fake_quantize, hadamard, rope
 from qcompiler.program import Program, node_id
 from qcompiler.sites import Site, sites
 
@@ -56,6 +56,8 @@ class Rewriter:
                 self._dequantize(node)
             elif node.target is qc.rope.default:
                 node.target = rope
+            elif node.target is qc.hadamard.default:
+                node.target = hadamard
         self._clean()
 
     # --- sites ---------------------------------------------------------------------------------

@@ -10,9 +10,24 @@ from torch import Tensor, fx
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.program import node_id
+from qcompiler.spaces.maps import Map, Matrix
 from qcompiler.spaces.system import Member, Space
 
 aten = torch.ops.aten
+
+
+def demand_free(space: Space) -> None:
+    """Refuse a space that is blocked, with the node and the reason."""
+    if space.blocked_by:
+        blocker = space.blocked_by[0]
+        more = len(space.blocked_by) - 1
+        raise BadInput(
+            f"space {space.id} ({space.kind}, {space.size} channels) is blocked at "
+            f"{blocker.node}: {blocker.reason}" + (f" (and at {more} other nodes)" if more else "")
+        )
+
+
+# --- factors -----------------------------------------------------------------------------------
 
 
 def apply_scale(edit: Edit, space: Space, scale: Tensor, name: str) -> None:
@@ -21,15 +36,13 @@ def apply_scale(edit: Edit, space: Space, scale: Tensor, name: str) -> None:
     `scale` is (space.size,), positive and finite. It becomes the parameter `name`; nothing is
     computed now, so the edit is exact by construction and `fold` rounds once.
     """
-    if space.blocked_by:
-        blocker = space.blocked_by[0]
-        raise BadInput(f"space {space.id} is blocked at {blocker.node}: {blocker.reason}")
+    demand_free(space)
     if tuple(scale.shape) != (space.size,):
         raise BadInput(f"space {space.id} takes {space.size} scales; found {list(scale.shape)}")
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise BadInput(f"scales of space {space.id} must be positive and finite")
-    first = space.params[0].node
-    source = edit.new_param(name, scale.to(torch.float32), like=first)
+    source = edit.new_param(name, scale.to(torch.float32), like=space.params[0].node)
+    edit.free(source, "diagonal")
     spread(edit, source, space, space.params, 1)
 
 
@@ -44,15 +57,16 @@ def spread(
     before: dict[fx.Node, fx.Node] = {}
     for number, member in enumerate(members):
         node = edges[member.node.name]
-        factor = _factor(edit, source, member, f"{node_id(source)}.index{number}", space.size)
+        factor = _laid_out(edit, source, member, f"{node_id(source)}.index{number}", 1.0)
         scaled = _scaled(edit, node, factor, power * member.exponent)
         edges[member.node.name] = scaled
         before[scaled] = before.get(node, node)
     return before
 
 
-def _factor(edit: Edit, source: fx.Node, member: Member, name: str, size: int) -> fx.Node:
-    """The scale laid out along the parameter's axes; 1 where the space has no say."""
+def _laid_out(edit: Edit, source: fx.Node, member: Member, name: str, neutral: float) -> fx.Node:
+    """The vector `source` along the member's axes; `neutral` where the space has no say."""
+    size = int(source.meta["val"].shape[0])
     index = member.index
     flat = index.reshape(-1)
     if torch.equal(flat, torch.arange(size)):
@@ -60,7 +74,7 @@ def _factor(edit: Edit, source: fx.Node, member: Member, name: str, size: int) -
     else:
         padded = source
         if bool((flat == size).any()):
-            padded = edit.call(aten.constant_pad_nd.default, source, [0, 1], 1.0, like=source)
+            padded = edit.call(aten.constant_pad_nd.default, source, [0, 1], neutral, like=source)
         where = edit.new_param(name, flat, like=source)
         picked = edit.call(aten.index_select.default, padded, 0, where, like=source)
     if index.ndim == 1:
@@ -74,98 +88,191 @@ def _scaled(edit: Edit, node: fx.Node, factor: fx.Node, exponent: int) -> fx.Nod
     scaled = node
     for _ in range(abs(exponent)):
         scaled = edit.call(target, scaled, factor, like=node)
-    if scaled.meta["val"].dtype != node.meta["val"].dtype:
-        scaled = edit.call(aten.to.dtype, scaled, node.meta["val"].dtype, like=node)
+    scaled = _as(edit, scaled, node.meta["val"].dtype)
     edit.replace(node, scaled, only=users)
     return scaled
 
 
-def gather(values: Tensor, member: Member, size: int) -> Tensor:
-    """Largest value of each scale's channels: the inverse of laying a scale out. Shape (size,).
+def _as(edit: Edit, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    return edit.call(aten.to.dtype, node, dtype, like=node)
 
-    `values` has the shape of `member.index`, or broadcasts to it.
+
+def gather(values: Tensor, member: Member, size: int, how: str = "amax") -> Tensor:
+    """Largest (or "amin", "mean") value of each factor's channels. Shape (size,), float32.
+
+    `values` has the shape of `member.index`, or broadcasts to it: the inverse of laying out.
     """
     index = member.index.reshape(-1)
     flat = values.expand(member.index.shape).reshape(-1).float()
     out = torch.zeros(size + 1)
-    return out.scatter_reduce(0, index, flat, "amax")[:size]
+    return out.scatter_reduce(0, index, flat, how, include_self=False)[:size]
 
 
-def apply_matrix(edit: Edit, space: Space, matrix: Tensor, name: str) -> fx.Node:
+# --- shifts ------------------------------------------------------------------------------------
+
+
+def apply_shift(edit: Edit, space: Space, shift: Tensor, name: str) -> None:
+    """Add `shift` (space.size,) to the channels of `space`, and take it off at its readers.
+
+    Whoever makes the channels adds it to its bias; a layer that reads them subtracts s Wᵀ from its
+    own. A layer without a bias gets one.
+    """
+    demand_free(space)
+    if tuple(shift.shape) != (space.size,):
+        raise BadInput(f"space {space.id} takes {space.size} shifts; found {list(shift.shape)}")
+    if not bool(shift.isfinite().all()):
+        raise BadInput(f"shifts of space {space.id} must be finite")
+    source = edit.new_param(name, shift.to(torch.float32), like=space.params[0].node)
+    edit.free(source, "shift")
+    nodes = {n.name: n for n in edit.graph.nodes}
+    for number, member in enumerate(space.params):
+        node = nodes[member.node.name]
+        vector = _laid_out(edit, source, member, f"{name}.index{number}", 0.0)
+        if abs(member.exponent) != 1:
+            vector = edit.call(aten.mul.Tensor, vector, abs(member.exponent), like=node)
+        if edit.is_weight(node):
+            users = list(node.users)
+            moved = _as(edit, _plus(edit, node, vector, member.exponent), node.meta["val"].dtype)
+            edit.replace(node, moved, only=users)
+            nodes[member.node.name] = moved
+        else:
+            _into_bias(edit, node, vector, member)
+
+
+def _plus(edit: Edit, node: fx.Node, vector: fx.Node, sign: int) -> fx.Node:
+    target = aten.add.Tensor if sign > 0 else aten.sub.Tensor
+    return edit.call(target, node, vector, like=node)
+
+
+def _into_bias(edit: Edit, node: fx.Node, vector: fx.Node, member: Member) -> None:
+    """Bias + s where the layer makes the channels, bias - s Wᵀ where it reads them."""
+    at = 3 if node.target is aten.layer_norm.default else 2
+    bias = node.args[at] if len(node.args) > at else None
+    flat = edit.call(aten.reshape.default, vector, [-1], like=node)
+    sign = member.exponent
+    if not member.makes:
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        if weight.meta["val"].ndim > 2:  # every tap of a kernel reads the same shift
+            taps = list(range(2, weight.meta["val"].ndim))
+            weight = edit.call(aten.sum.dim_IntList, weight, taps, like=node)
+        flat = edit.call(
+            aten.linear.default, _as(edit, flat, weight.meta["val"].dtype), weight, like=node
+        )
+    if isinstance(bias, fx.Node):
+        new = _plus(edit, bias, flat, sign)
+    else:
+        new = flat if sign > 0 else edit.call(aten.neg.default, flat, like=node)
+    edit.rewire(node, at, _as(edit, new, node.meta["val"].dtype))
+
+
+# --- matrices and orders -----------------------------------------------------------------------
+
+
+def apply_matrix(edit: Edit, space: Space, matrix: Tensor, name: str) -> Matrix:
     """Mix the channels of each parameter of `space` by T or its inverse, on the parameter's edge.
 
-    `matrix` is T (size, size). It becomes the parameter `name` in float64: an orthogonal matrix in
-    float32 is orthogonal to 1e-7 only. Returns its node.
+    `matrix` is T, (size, size), or one for each index of `space.maps`. It becomes the parameter
+    `name`.
     """
-    if tuple(matrix.shape) != (space.size, space.size):
-        raise BadInput(
-            f"space {space.id} takes a {space.size} × {space.size} matrix; "
-            f"found {list(matrix.shape)}"
-        )
-    matrix = matrix.double()
-    gap = float((matrix @ matrix.t() - torch.eye(space.size, dtype=torch.float64)).abs().max())
-    if space.kind == "orthogonal" and not gap <= 1e-12:
-        raise BadInput(f"space {space.id} takes an orthogonal matrix; T Tᵀ is off by {gap:.1e}")
-    if not float(torch.linalg.cond(matrix)) < 1e6:
-        raise BadInput(f"space {space.id} takes an invertible matrix; this one is nearly singular")
-    first = space.params[0].node
-    source = edit.new_param(name, matrix, like=first)
-    forward = edit.call(aten.t.default, source, like=first)
-    backward = forward
-    if space.kind != "orthogonal" and space.consumers:
-        backward = edit.new_param(f"{name}.inverse", torch.linalg.inv(matrix), like=first)
+    made = Matrix(edit, space, matrix, name)
+    apply_map(edit, space, made)
+    return made
+
+
+def apply_map(edit: Edit, space: Space, made: Map) -> None:
+    """Let each parameter of `space` take `made`, or its inverse, along the space's axis.
+
+    A space with one mark may take it too, if the caller puts one operator behind that mark.
+    """
     edges = {n.name: n for n in edit.graph.nodes}
     for member in space.params:
         node = edges[member.node.name]
-        factor = forward if member.exponent > 0 else backward
-        edges[member.node.name] = _mixed(edit, node, factor, member, space.size)
-    return source
+        edges[member.node.name] = _mixed(edit, node, made, member, space.size)
 
 
-def _mixed(edit: Edit, node: fx.Node, factor: fx.Node, member: Member, size: int) -> fx.Node:
-    """`node` with the channels along the member's axis multiplied by `factor` from the right."""
+def _mixed(edit: Edit, node: fx.Node, made: Map, member: Member, size: int) -> fx.Node:
+    """`node` with the channels along the member's axis mapped."""
     users = list(node.users)
     dtype, rank = node.meta["val"].dtype, node.meta["val"].ndim
-    shape = [int(n) for n in node.meta["val"].shape]
+    # Bring the axis to the end, behind the whole axes that the map depends on.
+    own, others = _dependencies(member, made)
+    beside = [axis for _, axis in others]
+    moved = [i for i in range(rank) if i not in (*beside, member.axis)] + [*beside, member.axis]
+    x = _as(edit, node, torch.float64) if made.wide else node
+    x = _permuted(edit, x, moved)
+    shape = [int(n) for n in x.meta["val"].shape]
     last = rank - 1
-    shape[member.axis], shape[last] = shape[last], shape[member.axis]
-    order, count = _copies(member.index, size)
-    x = edit.call(aten.to.dtype, node, torch.float64, like=node)
-    if member.axis != last:
-        x = edit.call(aten.transpose.int, x, member.axis, last, like=node)
+    # Sort it into (index of the map, copy, channel), and what is no channel behind.
+    order, count = _copies(member.index, own, size)
     sorted_already = torch.equal(order, torch.arange(len(order)))
     if not sorted_already:
-        x = edit.call(aten.index_select.default, x, last, _order(edit, order, node), like=node)
+        where = edit.new_param(f"{node_id(node)}.order", order, like=node)
+        x = edit.call(aten.index_select.default, x, last, where, like=node)
     mixed = x
     if count < shape[last]:
         mixed = edit.call(aten.slice.Tensor, x, last, 0, count, like=node)
-    wide = [*shape[:last], count // size, size]
+    sizes = [made.maps[number] for number, _ in own]
+    copies = count // size
+    for n in sizes:
+        copies //= n
+    wide = [*shape[:last], *sizes, copies, size]
     mixed = edit.call(aten.reshape.default, mixed, wide, like=node)
-    mixed = edit.call(aten.matmul.default, mixed, factor, like=node)
+    apply = made.forward if member.exponent > 0 else made.backward
+    mixed = apply(mixed, [number for number, _ in (*others, *own)])
     mixed = edit.call(aten.reshape.default, mixed, [*shape[:last], count], like=node)
     if count < shape[last]:
         rest = edit.call(aten.slice.Tensor, x, last, count, shape[last], like=node)
         mixed = edit.call(aten.cat.default, [mixed, rest], last, like=node)
     if not sorted_already:
-        back = _order(edit, torch.argsort(order), node)
+        back = edit.new_param(f"{node_id(node)}.order", torch.argsort(order), like=node)
         mixed = edit.call(aten.index_select.default, mixed, last, back, like=node)
-    if member.axis != last:
-        mixed = edit.call(aten.transpose.int, mixed, member.axis, last, like=node)
-    mixed = edit.call(aten.to.dtype, mixed, dtype, like=node)
+    mixed = _permuted(edit, mixed, [moved.index(i) for i in range(rank)])
+    mixed = _as(edit, mixed, dtype)
     edit.replace(node, mixed, only=users)
     return mixed
 
 
-def _order(edit: Edit, order: Tensor, like: fx.Node) -> fx.Node:
-    return edit.new_param(f"{node_id(like)}.order", order, like=like)
+def _dependencies(
+    member: Member, made: Map
+) -> tuple[list[tuple[int, Tensor]], list[tuple[int, int]]]:
+    """What the map depends on: (number, index along the member's own axis), (number, other axis).
+
+    Nothing, if one map serves all indices.
+    """
+    own: list[tuple[int, Tensor]] = []
+    others: list[tuple[int, int]] = []
+    for number in range(len(made.maps)):
+        axis, row = member.which[number]
+        if axis == member.axis:
+            own.append((number, row))
+        else:
+            others.append((number, axis))
+    return own, others
 
 
-def _copies(channel: Tensor, size: int) -> tuple[Tensor, int]:
-    """(order of the axis that puts whole copies of the channels first, length of these copies).
+def _permuted(edit: Edit, x: fx.Node, order: list[int]) -> fx.Node:
+    if order == sorted(order):
+        return x
+    return edit.call(aten.permute.default, x, order, like=x)
 
-    The c-th occurrences of all channels make up copy c, since an axis term is a product.
+
+def _copies(channel: Tensor, own: list[tuple[int, Tensor]], size: int) -> tuple[Tensor, int]:
+    """(order of the axis: by index of the map, copy, channel; how many indices have a channel).
+
+    The c-th occurrences of all channels under one index of the map make up copy c, since an axis
+    term is a product.
     """
     inside = torch.nonzero(channel >= 0).flatten()
-    by_channel = inside[torch.argsort(channel[inside], stable=True)].reshape(size, -1)
     outside = torch.nonzero(channel < 0).flatten()
-    return torch.cat([by_channel.t().reshape(-1), outside]), len(inside)
+    which = torch.zeros(len(inside), dtype=torch.long)
+    groups = 1
+    for _, row in own:
+        found = row[inside]
+        number = int(found.max()) + 1
+        which, groups = which * number + found, groups * number
+    by_channel = inside[torch.argsort(which * size + channel[inside], stable=True)]
+    by_channel = by_channel.reshape(groups, size, -1).transpose(1, 2).reshape(-1)
+    return torch.cat([by_channel, outside]), len(inside)

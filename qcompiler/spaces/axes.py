@@ -2,14 +2,16 @@
 
 `Walk` goes through the graph once. It gives each axis of each value a term, unifies what is the
 same axis, and notes what each operator says about maps on its axes: `Product` (scales add up over
-the factors), `Same` (a leaf of one value is a leaf of another), `Mark` (here nothing passes). A
-kind of map (diagonal, orthogonal, …) reads these statements; it never looks at operators again.
+the factors), `Same` (a leaf of one value is a leaf of another), `Mark` (here nothing passes),
+`Absorbed` (a bias takes what is added). A kind of map (diagonal, orthogonal, …) reads these
+statements; it never looks at operators again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, fx
 
@@ -48,6 +50,8 @@ class Letter:
     """(number of the operand, place)"""
     result: Place | None
     """None when the index is summed over."""
+    fixed: bool = False
+    """The operator tells the indices apart (rows of a table, taps of a kernel)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +62,19 @@ class Product:
     operands: tuple[Value, ...]
     result: Value
     letters: tuple[Letter, ...]
+    shift: Literal["stops", "adds", "told"] = "stops"
+    """What becomes of x + s: nothing passes, shifts of all summands add up, or see `Absorbed`."""
 
 
 DIAGONAL = frozenset({"diagonal"})
 ORTHOGONAL = frozenset({"orthogonal"})
 CENTRING = frozenset({"centring"})
 MATRIX = frozenset({"orthogonal", "invertible"}) | CENTRING
-ALL = DIAGONAL | MATRIX
-"""Kinds of maps on an axis: positive factors per channel, and matrices that mix channels (centring
-is one matrix, x - mean(x))."""
+PERMUTATION = frozenset({"permutation"})
+SHIFT = frozenset({"shift"})
+ALL = DIAGONAL | MATRIX | PERMUTATION | SHIFT
+"""Kinds of maps on an axis: positive factors per channel, matrices that mix channels (centring is
+one matrix, x - mean(x)), another order of the channels, and a vector that is added."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +105,16 @@ class Mixed:
     place: Place
 
 
-Statement = Product | Same | Mark | Mixed
+@dataclass(frozen=True, eq=False)
+class Absorbed:
+    """The bias of `node` can take a shift of this axis: of what it makes, or of what it reads."""
+
+    node: fx.Node
+    place: Place
+    produces: bool
+
+
+Statement = Product | Same | Mark | Mixed | Absorbed
 
 
 def mentioned(statement: Statement) -> set[Value]:
@@ -176,7 +193,14 @@ class Axes:
         """Axis i of `a` is axis i of `b`."""
         self.same(node, [([Place(a, i)], [Place(b, i)]) for i in range(len(a.axes))], kinds)
 
-    def product(self, node: fx.Node, text: str, operands: Sequence[Value], result: Value) -> None:
+    def product(
+        self,
+        node: fx.Node,
+        text: str,
+        operands: Sequence[Value],
+        result: Value,
+        shift: Literal["stops", "adds", "told"] = "stops",
+    ) -> None:
         """State `result = product(operands)` in the notation of `semantics.py` (no numbers)."""
         left, _, right = text.partition("->")
         terms: dict[str, Term] = {}
@@ -186,19 +210,20 @@ class Axes:
                 found.setdefault(name, []).append((number, place))
         out = dict(self._letters(node, right, result, terms))
         letters = tuple(
-            Letter(tuple(found.get(name, ())), out.get(name)) for name in {**found, **out}
+            Letter(tuple(found.get(name, ())), out.get(name), name.startswith("!"))
+            for name in {**found, **out}
         )
-        self.statements.append(Product(node, tuple(operands), result, letters))
+        self.statements.append(Product(node, tuple(operands), result, letters, shift))
 
     def _letters(
         self, node: fx.Node, text: str, value: Value, terms: dict[str, Term]
     ) -> list[tuple[str, Place]]:
         """(letter, place) of each axis of `value`; equal letters are unified, ones are left out."""
         words = text.split()
-        if "*" in words:  # leading axes are counted from the right, as broadcasting does
-            at = words.index("*")
+        if stars := [w for w in words if "*" in w]:
+            at = words.index(stars[0])  # leading axes are counted from the right, as in broadcasts
             count = len(value.axes) - (len(words) - 1)
-            words[at : at + 1] = [f"*{i - count}" for i in range(count)]
+            words[at : at + 1] = [f"{stars[0]}{i - count}" for i in range(count)]
         letters = []
         for axis, name in enumerate(words):
             term = value.axes[axis]

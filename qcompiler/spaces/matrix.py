@@ -18,13 +18,17 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
 from qcompiler.program import op_name
 from qcompiler.spaces.axes import Axes
-from qcompiler.spaces.system import Leaf, Member, Space, System, orientation
-from qcompiler.spaces.terms import digits, fixed
+from qcompiler.spaces.system import Leaf, Member, Space, System, orientation, row_of
+from qcompiler.spaces.terms import Atom, digits, fixed
+
+DEPENDENT = ("orthogonal", "invertible")
+"""Kinds whose map may differ by index (per key/value head)."""
 
 
 class _Invertible(System):
@@ -66,7 +70,24 @@ class _Centring(_Orthogonal):
                 self.zero(leaf, node, f"{op_name(node.target)} reads it with its mean")
 
 
-SYSTEMS: dict[str, type[System]] = {s.kind: s for s in (_Orthogonal, _Invertible, _Centring)}
+class _Permutation(_Orthogonal):
+    """Another order of the channels: what treats all of them alike does not see it."""
+
+    kind: ClassVar[str] = "permutation"
+
+    def equation(self, node: fx.Node, operands: list[Leaf], results: list[Leaf]) -> None:
+        """All that share the index share its order."""
+        first, *rest = (*operands, *results)
+        for leaf in rest:
+            self.join(first, leaf, 1, node)
+
+    def alone(self, leaf: Leaf, node: fx.Node, summed: bool) -> None:
+        """A sum over an index, or copies along it, are the same in any order."""
+
+
+SYSTEMS: dict[str, type[System]] = {
+    s.kind: s for s in (_Orthogonal, _Invertible, _Centring, _Permutation)
+}
 
 
 def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
@@ -88,16 +109,45 @@ def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
         if not params or not isinstance(size, int) or not known:
             continue
         turn = orientation(program.graph, active)
-        inside, outside = (
-            tuple(
-                Member(leaf.value.node, sign * turn, _channels(leaf), leaf.axis)
-                for leaf, sign in group
+        depends = _dependencies(system, members, params) if kind in DEPENDENT else []
+        outside = tuple(
+            Member(
+                leaf.value.node,
+                sign * turn,
+                _channels(leaf),
+                leaf.axis,
+                tuple((axis, torch.from_numpy(row)) for row, axis in _rows(leaf, depends)),
             )
-            for group in (active, params)
+            for leaf, sign in params
+        )
+        inside = tuple(
+            Member(leaf.value.node, sign * turn, _channels(leaf), leaf.axis)
+            for leaf, sign in active
         )
         blockers = tuple(system.marks.get(root, {}))
-        found.append(Space(len(found), size, outside, inside, blockers, kind))
+        maps = tuple(int(a.size) for a in depends)
+        found.append(Space(len(found), size, outside, inside, blockers, kind, maps))
     return found
+
+
+def _dependencies(
+    system: System, members: list[tuple[Leaf, int]], params: list[tuple[Leaf, int]]
+) -> list[Atom]:
+    """What the matrix may differ by: each parameter must be laid out by it."""
+    if len(params) < 2:
+        return []
+    found = system.dependencies(members)
+    return [a for a in found if all(_tells(leaf, a) for leaf, _ in params)]
+
+
+def _rows(leaf: Leaf, depends: list[Atom]) -> list[tuple[np.ndarray, int]]:
+    return [row_of(leaf, atom) for atom in depends]
+
+
+def _tells(leaf: Leaf, atom: Atom) -> bool:
+    """Whether the leaf's tensor is laid out by `atom`: on its own axis, or on a whole other one."""
+    row, axis = row_of(leaf, atom)
+    return axis == leaf.axis or len(row) == atom.size
 
 
 def _channels(leaf: Leaf) -> torch.Tensor:

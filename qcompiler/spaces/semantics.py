@@ -1,7 +1,8 @@
 """What operators do to axes, once, as a table: everything else is derived from it.
 
 An operator is written as a sum of products of its operands, in the notation of einsum with letters
-for axes, `*` for leading axes that all share, and `(g r)` for an axis that merges two::
+for axes, `*` for leading axes that all share, and `!` before an axis whose indices the operator
+tells apart (rows of a table)::
 
     linear:   "0:* k, 1:n k -> * n"   and   "2:n -> * n"       y = x Wᵀ  +  b
 
@@ -15,14 +16,13 @@ from __future__ import annotations
 import torch
 
 aten = torch.ops.aten
-qc = torch.ops.qc
 
 PRODUCTS: dict[object, tuple[str, ...]] = {
     aten.linear.default: ("0:* k, 1:n k -> * n", "2:n -> * n"),
     aten.mm.default: ("0:m k, 1:k n -> m n",),
     aten.bmm.default: ("0:b m k, 1:b k n -> b m n",),
     aten.addmm.default: ("1:m k, 2:k n -> m n", "0:n -> m n"),
-    aten.embedding.default: ("0:r d -> * d",),
+    aten.embedding.default: ("0:!r d -> !* d",),
 }
 """Operator → summands; `n:` is the number of the argument."""
 
@@ -84,8 +84,8 @@ BREAK: set[object] = {
     aten.square.default,
     aten.round.default,
     aten.floor.default,
-    qc.fake_quantize.default,
 }
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
 REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
 MAX_POOLS = {aten.max_pool2d.default, aten.max_pool1d.default}
 POOLS = MAX_POOLS | {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor, fx
 
-from qcompiler.program import node_id
-from qcompiler.spaces.axes import Axes, Letter, Mixed, Place, Product, Same, Value
+from qcompiler.program import node_id, op_name
+from qcompiler.spaces.axes import Absorbed, Axes, Letter, Mixed, Place, Product, Same, Value
 from qcompiler.spaces.terms import Atom, atoms, digits, fixed
 
 
@@ -38,15 +39,21 @@ class Blocker:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A parameter or an activation that a space scales."""
+    """What a space changes: a parameter, an activation, or an operator's bias (shifts)."""
 
     node: fx.Node
     exponent: int
-    """It is multiplied by scale ** exponent."""
+    """It is multiplied by scale ** exponent, or by T (+1) or its inverse (-1), or takes exponent ·
+    shift."""
     index: Tensor
-    """int64. Factors: broadcastable to the tensor, position in the flat scale, `Space.size` where
-    none. Matrices: along `axis`, the channel of the map that stands there, -1 where none."""
+    """int64. Factors and shifts: broadcastable to the tensor, position in the flat vector,
+    `Space.size` where none. Matrices and orders: along `axis`, the channel of the map that stands
+    there, -1 where none."""
     axis: int = -1
+    which: tuple[tuple[int, Tensor], ...] = ()
+    """Matrices: for each of `Space.maps`, (axis, index of the map at each index of that axis)."""
+    makes: bool = True
+    """Shifts: the operator makes the shifted channels; else it reads them, and takes s off."""
 
     @property
     def name(self) -> str:
@@ -59,7 +66,8 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """One family of maps that cancel out: `size` free positive factors, or a square matrix."""
+    """One family of maps that cancel out: `size` free positive factors, a square matrix, an order
+    of `size` channels, or a vector that is added to them."""
 
     id: int
     size: int
@@ -67,6 +75,8 @@ class Space:
     activations: tuple[Member, ...]
     blocked_by: tuple[Blocker, ...] = ()
     kind: str = "diagonal"
+    maps: tuple[int, ...] = ()
+    """Matrices: how many may differ, by index (per key/value head, say); one if empty."""
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -95,12 +105,14 @@ class System(ABC):
         self.parallel: dict[Leaf, set[Atom]] = {}
         for statement in axes.statements:
             if isinstance(statement, Product):
-                self._product(statement)
+                self.product(statement)
             elif isinstance(statement, Mixed):
                 first, *rest = self.at(statement.place)
                 for leaf in rest:
                     if leaf.atom is first.atom:
                         self.join(first, leaf, 1, statement.node)
+            elif isinstance(statement, Absorbed):
+                self.absorbed(statement)
             elif self.kind in statement.kinds:
                 if isinstance(statement, Same):
                     self._same(statement)
@@ -140,28 +152,30 @@ class System(ABC):
 
     # --- statements ----------------------------------------------------------------------------
 
-    def _product(self, statement: Product) -> None:
+    def product(self, statement: Product) -> None:
         columns = []
         for letter in statement.letters:
             places = [p for _, p in letter.operands] + ([letter.result] if letter.result else [])
             columns.append((letter, [self.at(p) for p in places]))
         for letter, column in columns:
             count = len(letter.operands)
-            if not _aligned(column):
+            why = "its axes do not align"
+            if letter.fixed:
+                why = f"{op_name(statement.node.target)} tells its indices apart"
+            if letter.fixed or not _aligned(column):
                 for leaves in column:
                     for leaf in leaves:
-                        self.zero(leaf, statement.node, "its axes do not align")
+                        self.zero(leaf, statement.node, why)
                 continue
             users = {number for number, _ in letter.operands}
             around = self._companions(columns, letter, users)
             for row in zip(*column, strict=True):
                 siblings = {r[i].atom for r in column for i in range(len(r))} - {row[0].atom}
                 for leaf in row:
-                    self._run_parallel(leaf, around | (siblings & _beside(leaf)))
+                    self.run_parallel(leaf, around | (siblings & _beside(leaf)))
                 operands, results = list(row[:count]), list(row[count:])
                 if len(row) == 1:
-                    why = "it is repeated along this axis" if results else "it is summed over"
-                    self.zero(row[0], statement.node, why)
+                    self.alone(row[0], statement.node, summed=not results)
                 else:
                     self.equation(statement.node, operands, results)
 
@@ -185,7 +199,7 @@ class System(ABC):
         linked = [{x.atom for pair in sides for x in pair[side]} for side in (0, 1)]
         for left, right in sides:
             for leaf in (*left, *right):
-                self._run_parallel(leaf, _around(leaf) & linked[0] & linked[1])
+                self.run_parallel(leaf, around(leaf) & linked[0] & linked[1])
             if [x.atom for x in left] == [y.atom for y in right]:
                 for x, y in zip(left, right, strict=True):
                     self.join(x, y, 1, statement.node)
@@ -198,6 +212,13 @@ class System(ABC):
     @abstractmethod
     def equation(self, node: fx.Node, operands: list[Leaf], results: list[Leaf]) -> None:
         """What one index of a product demands: `results` is empty where it is summed over."""
+
+    def alone(self, leaf: Leaf, node: fx.Node, summed: bool) -> None:
+        """An index that only one participant has: a map would be seen, for most kinds."""
+        self.zero(leaf, node, "it is summed over" if summed else "it is repeated along this axis")
+
+    def absorbed(self, statement: Absorbed) -> None:  # noqa: B027 (only shifts care)
+        """Where a bias takes a shift."""
 
     # --- solving -------------------------------------------------------------------------------
 
@@ -214,14 +235,22 @@ class System(ABC):
 
     def clash(self, leaf: Leaf, node: fx.Node) -> None:
         """A map that is its own inverse transpose: the identity, for most kinds."""
-        self.zero(leaf, node, "it would have to be scaled and unscaled at once")
+        self.zero(leaf, node, "it would have to be changed and changed back at once")
 
     def zero(self, leaf: Leaf, node: fx.Node, reason: str) -> None:
         root, _ = self.find(leaf)
         produces = leaf.value.node is node and not leaf.value.virtual
         self.marks[root][Blocker(node_id(node), reason, produces)] = None
 
-    def _run_parallel(self, leaf: Leaf, atoms: set[Atom]) -> None:
+    def dependencies(self, members: Iterable[tuple[Leaf, int]]) -> list[Atom]:
+        """Atoms of fixed size that a map may depend on: parallel to it wherever it stands."""
+        found: set[Atom] | None = None
+        for root in {self.find(leaf)[0] for leaf, _ in members}:
+            beside = self.parallel.get(root, set())
+            found = beside if found is None else found & beside
+        return sorted((a for a in found or () if isinstance(a.size, int)), key=_number)
+
+    def run_parallel(self, leaf: Leaf, atoms: set[Atom]) -> None:
         root, _ = self.find(leaf)
         self.parallel[root] = self.parallel.get(root, atoms) & atoms
 
@@ -242,7 +271,7 @@ def _beside(leaf: Leaf) -> set[Atom]:
     return _once(_covering(leaf, leaf.axis)) - {leaf.atom}
 
 
-def _around(leaf: Leaf) -> set[Atom]:
+def around(leaf: Leaf) -> set[Atom]:
     """Atoms that run in parallel to `leaf` anywhere in its value."""
     found = [a for axis in range(len(leaf.value.axes)) for a in _covering(leaf, axis)]
     return _once(found) - {leaf.atom}
@@ -258,8 +287,27 @@ def _covering(leaf: Leaf, axis: int) -> list[Atom]:
     return [a for row, a in zip(rows, atoms(term), strict=True) if (row[here] >= 0).all()]
 
 
+def _number(atom: Atom) -> int:
+    return atom.number
+
+
 def _once(found: list[Atom]) -> set[Atom]:
     return {a for a in found if found.count(a) == 1}
+
+
+def row_of(leaf: Leaf, atom: Atom) -> tuple[np.ndarray, int]:
+    """Index of the dependency `atom` along the axis where it stands beside `leaf`."""
+    own = digits(leaf.value.axes[leaf.axis])[leaf.number]
+    order = [leaf.axis, *[i for i in range(len(leaf.value.axes)) if i != leaf.axis]]
+    for axis in order:
+        term = leaf.value.axes[axis]
+        if not fixed(term):
+            continue
+        for row, name in zip(digits(term), atoms(term), strict=True):
+            covers = (row[own >= 0] >= 0).all() if axis == leaf.axis else (row >= 0).all()
+            if name is atom and covers:
+                return row, axis
+    raise AssertionError("a dependency stands beside its leaf in every value")
 
 
 def orientation(graph: fx.Graph, activations: list[tuple[Leaf, int]]) -> int:

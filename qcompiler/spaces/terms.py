@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TypeAlias
 
 import numpy as np
@@ -30,11 +31,14 @@ class Conflict(Exception):
 class Atom:
     """One index set. `link` points to what it turned out to be (union-find with substitution)."""
 
-    __slots__ = ("link", "size")
+    __slots__ = ("link", "number", "size")
+    _count = count()
 
     def __init__(self, size: Size) -> None:
         self.size = size
         self.link: Term | None = None
+        self.number = next(self._count)
+        """Order of creation, which is that of the graph."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,10 @@ from qcompiler.program import Program
 from qcompiler.run import evaluate_wide
 from qcompiler.samples import random_inputs
 from qcompiler.spaces import Space, find
-from qcompiler.spaces.apply import apply_matrix, apply_scale
+from qcompiler.spaces.apply import apply_map, apply_matrix, apply_scale, apply_shift
+from qcompiler.spaces.maps import Order
 
-MAPS = ("diagonal", "orthogonal", "invertible")
+MAPS = ("diagonal", "shift", "permutation", "orthogonal", "invertible")
 """Kinds of which there are many maps to choose from."""
 
 
@@ -64,16 +65,32 @@ def changed(program: Program, space: Space, seed: int) -> Program:
     edit.spend("a random map")
     generator = torch.Generator().manual_seed(seed + space.id)
     if space.kind == "diagonal":
-        scale = torch.rand(space.size, generator=generator) + 0.5
-        apply_scale(edit, space, scale, "verify.map")
+        apply_scale(edit, space, torch.rand(space.size, generator=generator) + 0.5, "verify.map")
+    elif space.kind == "shift":
+        apply_shift(edit, space, torch.randn(space.size, generator=generator), "verify.map")
+    elif space.kind == "permutation":
+        apply_map(
+            edit, space, Order(edit, space, random_order(space.size, generator), "verify.map")
+        )
     else:
         apply_matrix(edit, space, random_matrix(space, generator), "verify.map")
     return edit.seal()[0]
 
 
+def random_order(size: int, generator: torch.Generator) -> Tensor:
+    """One cycle through all channels, so that none stays where it was. int64 (size,)."""
+    cycle = torch.randperm(size, generator=generator)
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(1)
+    return order
+
+
 def random_matrix(space: Space, generator: torch.Generator) -> Tensor:
-    """Orthogonal, or with singular values between 0.5 and 1.5. Shape (size, size), float64."""
-    shape = (space.size, space.size)
+    """Orthogonal, or with singular values between 0.5 and 1.5; one for each index of `space.maps`.
+
+    Shape (*maps, size, size), float64.
+    """
+    shape = (*space.maps, space.size, space.size)
     noise = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
     turns: Tensor = torch.linalg.qr(noise)[0]
     if space.kind == "orthogonal":
