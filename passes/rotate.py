@@ -5,7 +5,8 @@
 QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al. 2024). Every free orthogonal space that a layer
 reads takes one: the residual stream (R1) once the norms' gains are absorbed, the values of heads
 (R2). With `online`, so does a space that one operator would free, the input of the down projection
-(R4); that operator is computed at run time.
+(R4), and with `heads` queries and keys behind their rotary embedding (R3); these are computed at run
+time, as fast transforms.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch import Tensor, fx
 
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
-from qcompiler.hadamard import random_hadamard
+from qcompiler.hadamard import random_hadamard, random_signs
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import node_id
 from qcompiler.sites import sites
 from qcompiler.spaces import Space
 from qcompiler.spaces import find as find_spaces
-from qcompiler.spaces.apply import apply_matrix
-
-aten = torch.ops.aten
+from qcompiler.spaces.apply import apply_map, apply_online, online_places
+from qcompiler.spaces.demand import demand
+from qcompiler.spaces.maps import Hadamard, Map, Matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,43 +37,71 @@ class Rotate(Pass):
 
     name: ClassVar[str] = "rotate"
     effect: ClassVar[Effect] = Effect.EXACT
+    destroys: ClassVar[tuple[str, ...]] = ("scales", "shifts", "order", "splits", "integers")
+    makes: ClassVar[tuple[str, ...]] = ("rotation",)
 
     kind: Literal["hadamard", "random"] = "hadamard"
     seed: int = 0
     online: bool = False
-    """Also rotate where one operator at run time is needed."""
+    """Also rotate a layer's input where one operator at run time is needed (R4)."""
+    heads: bool = False
+    """Also rotate queries and keys, two operators at run time (R3): for a quantized KV cache."""
+    demand: tuple[str, ...] = ()
+    """Patterns of weights that must be rotated; if one cannot be, nothing is done."""
 
     def run(self, edit: Edit, facts: Facts) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         inputs = _inputs(facts)
+        taken, refused = [], []
         for number, space in enumerate(find_spaces(facts.program, "orthogonal")):
-            if inputs.isdisjoint((m.node, m.axis) for m in space.activations):
-                continue  # nothing that a quantized layer reads
-            behind = _online(space) if self.online else None
-            if space.blocked_by and behind is None:
-                first = space.blocked_by[0]
-                more = len(space.blocked_by) - 1
-                edit.skip(
-                    first.node,
-                    f"{space.size} channels cannot be rotated: {first.reason}"
-                    + (f" (and at {more} other nodes)" if more else ""),
-                )
+            wanted = self.heads
+            if space.params:  # else queries and keys; else what no quantized layer reads
+                wanted = not inputs.isdisjoint((m.node, m.axis) for m in space.activations)
+            if not wanted:
                 continue
-            matrix, word = self._matrix(space.size, generator)
-            place = f", computed behind {node_id(behind)}" if behind else ""
-            edit.spend(f"{word} of {space.size} channels{place}", *(m.node for m in space.params))
-            source = apply_matrix(edit, space, matrix, f"rotate.{number}").source
-            if behind is not None:
-                _insert(edit, behind, source)
+            online = self.online if space.params else self.heads
+            places = online_places(space) if online else ()
+            if space.blocked_by and not places:
+                refused.append(space)
+                edit.skip(space.blocked_by[0].node, _why(space))
+                continue
+            taken.append(space)
+            self._rotate(edit, space, places, generator, f"rotate.{number}")
+        demand(self.name, self.demand, taken, refused)
 
-    def _matrix(self, size: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        matrix = random_hadamard(size, generator) if self.kind == "hadamard" else None
-        if matrix is not None:
-            return matrix, "random Hadamard"
-        noise = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        q, r = torch.linalg.qr(noise)
-        # With the signs of R's diagonal the result is uniform over rotations (Mezzadri 2007).
-        return q * torch.sign(torch.diagonal(r)), "random rotation"
+    def _rotate(
+        self,
+        edit: Edit,
+        space: Space,
+        places: tuple[fx.Node, ...],
+        generator: torch.Generator,
+        name: str,
+    ) -> None:
+        signs = random_signs(space.size, generator) if self.kind == "hadamard" else None
+        matrix = None if signs is None else random_hadamard(space.size, signs)
+        word = "random rotation" if matrix is None else "random Hadamard"
+        behind = ", ".join(map(node_id, places))
+        edit.spend(
+            f"{word} of {space.size} channels" + (f", computed behind {behind}" if places else ""),
+            *(m.node for m in space.params),
+            *places,
+        )
+        made: Map
+        if places and signs is not None and matrix is not None:
+            made = Hadamard(edit, space, signs, name)
+        else:
+            drawn = _random(space.size, generator) if matrix is None else matrix
+            made = Matrix(edit, space, drawn, name)
+        apply_map(edit, space, made)
+        apply_online(edit, space, made, places)
+
+
+def _random(size: int, generator: torch.Generator) -> Tensor:
+    """Uniform over rotations: QR with the signs of R's diagonal (Mezzadri 2007)."""
+    noise = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(noise)
+    uniform: Tensor = q * torch.sign(torch.diagonal(r))
+    return uniform
 
 
 def _inputs(facts: Facts) -> set[tuple[fx.Node, int]]:
@@ -84,22 +113,8 @@ def _inputs(facts: Facts) -> set[tuple[fx.Node, int]]:
     return found
 
 
-def _online(space: Space) -> fx.Node | None:
-    """The activation behind which one operator frees the space; it is the whole last axis."""
-    if len(space.blocked_by) != 1 or not space.blocked_by[0].produces or space.producers:
-        return None  # a producer (a bias, say) would be changed before the operator too
-    for member in space.activations:
-        if node_id(member.node) == space.blocked_by[0].node:
-            whole = torch.equal(member.index, torch.arange(space.size))
-            last = member.axis == member.node.meta["val"].ndim - 1
-            return member.node if whole and last else None
-    return None
-
-
-def _insert(edit: Edit, behind: fx.Node, source: fx.Node) -> None:
-    """x → x Tᵀ for all readers of x."""
-    node = next(n for n in edit.nodes if n.name == behind.name)
-    users = list(node.users)
-    factor = edit.call(aten.t.default, source, like=node)
-    factor = edit.call(aten.to.dtype, factor, node.meta["val"].dtype, like=node)
-    edit.replace(node, edit.call(aten.matmul.default, node, factor, like=node), only=users)
+def _why(space: Space) -> str:
+    first, more = space.blocked_by[0], len(space.blocked_by) - 1
+    return f"{space.size} channels cannot be rotated: {first.reason}" + (
+        f" (and at {more} other nodes)" if more else ""
+    )

@@ -1,8 +1,8 @@
 """Hadamard matrices: entries ±1, H Hᵀ = n I. What spreads an outlier evenly over all channels.
 
-    H_{2n} = H_2 ⊗ H_n                    (Sylvester)
-    n = q + 1,    q ≡ 3 mod 4 a prime     (Paley I)
-    n = 2(q + 1), q ≡ 1 mod 4 a prime     (Paley II)
+    H_{2n} = H_2 ⊗ H_n                               (Sylvester)
+    n = q + 1,    q ≡ 3 mod 4 a power of a prime     (Paley I)
+    n = 2(q + 1), q ≡ 1 mod 4 a power of a prime     (Paley II)
 
 R. Paley, "On orthogonal matrices", 1933. A product of the first with one of the others gives every
 size that is common in networks; `hadamard` returns None for the rest (92, say).
@@ -11,6 +11,7 @@ size that is common in networks; `hadamard` returns None for the rest (92, say).
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def core_size(n: int) -> int | None:
     while m % 2 == 0:
         m //= 2
     while m <= n:
-        if m == 1 or (m % 4 == 0 and (_prime(m - 1) or _paley_two_size(m))):
+        if m == 1 or (m % 4 == 0 and (_prime_power(m - 1) or _paley_two_size(m))):
             return m
         m *= 2
     return None
@@ -46,15 +47,21 @@ def hadamard_core(m: int) -> Tensor:
     """H_m for an m that `core_size` gives, float64."""
     if m == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    return _paley_one(m - 1) if _prime(m - 1) else _paley_two(m // 2 - 1)
+    return _paley_one(m - 1) if _prime_power(m - 1) else _paley_two(m // 2 - 1)
 
 
-def random_hadamard(n: int, generator: torch.Generator) -> Tensor | None:
+def random_signs(n: int, generator: torch.Generator) -> Tensor | None:
+    """n random ±1, float64, or None if there is no Hadamard matrix of that size."""
+    if core_size(n) is None:
+        return None
+    return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+
+
+def random_hadamard(n: int, signs: Tensor) -> Tensor | None:
     """H diag(±1) / √n, orthogonal (QuaRot, Ashkboos et al. 2024, section 2), or None."""
     matrix = hadamard(n)
     if matrix is None:
         return None
-    signs = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0
     turned: Tensor = matrix * signs / n**0.5
     return turned
 
@@ -64,12 +71,32 @@ def _two() -> Tensor:
 
 
 def _jacobsthal(q: int) -> Tensor:
-    """Q[i, j] = χ(i - j), the quadratic character modulo q."""
-    character = -torch.ones(q, dtype=torch.float64)
-    character[torch.arange(q) ** 2 % q] = 1
-    character[0] = 0
-    index = torch.arange(q)
-    return character[(index[:, None] - index[None, :]) % q]
+    """Q[i, j] = χ(i - j), the quadratic character of the field with q = p^k elements."""
+    p, k = _prime_power(q) or (q, 1)
+    character = torch.zeros(q, dtype=torch.float64)
+    for exponent, element in enumerate(_powers(p, k)):  # squares are the even powers
+        character[element] = 1 if exponent % 2 == 0 else -1
+    digits = torch.arange(q)[:, None] // p ** torch.arange(k) % p
+    difference = (digits[:, None] - digits[None, :]) % p
+    return character[(difference * p ** torch.arange(k)).sum(-1)]
+
+
+def _powers(p: int, k: int) -> list[int]:
+    """All powers of a generator of the field with p^k elements, each as digits base p.
+
+    A generator is the root x of a polynomial x^k = c_0 + c_1 x + …; the first that reaches every
+    element but zero is taken.
+    """
+    for low in product(range(p), repeat=k):
+        seen: dict[int, None] = {}
+        element = [1] + [0] * (k - 1)
+        while (number := sum(d * p**i for i, d in enumerate(element))) not in seen and number:
+            seen[number] = None
+            top = element[-1]
+            element = [(a + top * c) % p for a, c in zip([0, *element[:-1]], low, strict=True)]
+        if len(seen) == p**k - 1:
+            return list(seen)
+    raise AssertionError("every finite field has a generator")
 
 
 def _bordered(q: int, sign: float) -> Tensor:
@@ -91,8 +118,15 @@ def _paley_two(q: int) -> Tensor:
 
 
 def _paley_two_size(n: int) -> bool:
-    return _prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1
+    return _prime_power(n // 2 - 1) is not None and (n // 2 - 1) % 4 == 1
 
 
-def _prime(q: int) -> bool:
-    return q > 2 and all(q % d for d in range(2, int(q**0.5) + 1))
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """(p, k) with q = p^k for an odd prime p, or None."""
+    if q < 3:
+        return None
+    p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
+    k, power = 1, p
+    while power < q:
+        k, power = k + 1, power * p
+    return (p, k) if power == q and p > 2 else None

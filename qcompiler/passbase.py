@@ -48,6 +48,13 @@ class Pass(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     """Facts that need data (see `facts.NEEDS`): computed by the pipeline before `run`."""
 
+    makes: ClassVar[tuple[str, ...]] = ()
+    """What the program has after the pass that later passes read or spoil (see `order.py`)."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What a pass before it must have made, if one in the pipeline makes it at all."""
+    destroys: ClassVar[tuple[str, ...]] = ()
+    """What it makes void: a pass that makes it comes later."""
+
     optional: bool = False
     """A pass that changes nothing is an error, unless it is optional."""
 

@@ -193,6 +193,36 @@ def apply_map(edit: Edit, space: Space, made: Map) -> None:
         edges[member.node.name] = _mixed(edit, node, made, member, space.size)
 
 
+def online_places(space: Space) -> tuple[fx.Node, ...]:
+    """The values behind which one operator each frees a blocked space; none if that is not enough.
+
+    Every mark must be on a value that its node makes, with the channels as its whole last axis, and
+    no parameter may stand before it.
+    """
+    found = []
+    for blocker in space.blocked_by:
+        member = next((m for m in space.activations if node_id(m.node) == blocker.node), None)
+        if not blocker.produces or member is None or space.producers and space.params:
+            return ()
+        whole = torch.equal(member.index, torch.arange(space.size))
+        if not whole or member.axis != member.node.meta["val"].ndim - 1:
+            return ()
+        found.append(member.node)
+    return tuple(dict.fromkeys(found))
+
+
+def apply_online(edit: Edit, space: Space, made: Map, places: Sequence[fx.Node]) -> None:
+    """Compute the map behind each of `online_places`, for all readers of the value there."""
+    nodes = {n.name: n for n in edit.graph.nodes}
+    for place in places:
+        node = nodes[place.name]
+        member = next(m for m in space.activations if m.node is place)
+        users = list(node.users)
+        mapped = made.forward(node) if member.exponent > 0 else made.backward(node)
+        # The operators of the map read the value too: they go on doing so.
+        edit.replace(node, mapped, only=users)
+
+
 def _mixed(edit: Edit, node: fx.Node, made: Map, member: Member, size: int) -> fx.Node:
     """`node` with the channels along the member's axis mapped."""
     users = list(node.users)

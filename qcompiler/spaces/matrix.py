@@ -24,7 +24,15 @@ from torch import fx
 
 from qcompiler.program import op_name
 from qcompiler.spaces.axes import Axes
-from qcompiler.spaces.system import Leaf, Member, Space, System, orientation, row_of
+from qcompiler.spaces.system import (
+    Blocker,
+    Leaf,
+    Member,
+    Space,
+    System,
+    orientation,
+    row_of,
+)
 from qcompiler.spaces.terms import Atom, digits, fixed
 
 DEPENDENT = ("orthogonal", "invertible")
@@ -106,7 +114,8 @@ def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
         params = [m for m in real if m[0].value.node in axes.edges]
         size = root.atom.size
         known = all(fixed(leaf.value.axes[leaf.axis]) for leaf, _ in (*active, *params))
-        if not params or not isinstance(size, int) or not known:
+        blockers = tuple(system.marks.get(root, {}))
+        if not isinstance(size, int) or not known or not (params or _meet(active, blockers)):
             continue
         turn = orientation(program.graph, active)
         depends = _dependencies(system, members, params) if kind in DEPENDENT else []
@@ -124,10 +133,18 @@ def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
             Member(leaf.value.node, sign * turn, _channels(leaf), leaf.axis)
             for leaf, sign in active
         )
-        blockers = tuple(system.marks.get(root, {}))
         maps = tuple(int(a.size) for a in depends)
         found.append(Space(len(found), size, outside, inside, blockers, kind, maps))
     return found
+
+
+def _meet(active: list[tuple[Leaf, int]], blockers: tuple[Blocker, ...]) -> bool:
+    """Whether two computed values that meet in a product (queries and keys) are all there is.
+
+    One operator behind each mark maps them, without any weight.
+    """
+    signs = {sign for _, sign in active}
+    return len(signs) == 2 and bool(blockers) and all(b.produces for b in blockers)
 
 
 def _dependencies(

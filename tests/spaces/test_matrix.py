@@ -16,7 +16,7 @@ from wirings import PIECES, Block
 
 import qcompiler
 from qcompiler import BadInput, Edit, PassError, Program
-from qcompiler.hadamard import hadamard, random_hadamard
+from qcompiler.hadamard import hadamard, random_signs
 from qcompiler.pipeline import run_pipeline
 from qcompiler.program import node_id
 from qcompiler.registry import make_passes
@@ -193,7 +193,9 @@ def test_a_singular_matrix_is_refused(captured: Captured) -> None:
         apply_matrix(edit, space, torch.ones(12, 12), "r")
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 40, 48, 60, 76, 80, 108, 140, 256, 2816])
+@pytest.mark.parametrize(
+    "n", [1, 2, 4, 12, 20, 28, 36, 40, 48, 60, 76, 80, 108, 140, 244, 256, 344, 2816]
+)
 def test_hadamard(n: int) -> None:
     matrix = hadamard(n)
     assert matrix is not None
@@ -203,8 +205,24 @@ def test_hadamard(n: int) -> None:
 
 def test_sizes_without_a_construction() -> None:
     generator = torch.Generator().manual_seed(0)
-    for n in (3, 6, 92):
-        assert hadamard(n) is None and random_hadamard(n, generator) is None
+    for n in (0, 3, 6, 92):
+        assert hadamard(n) is None and random_signs(n, generator) is None
+        with pytest.raises(ValueError, match="no Hadamard matrix"):
+            torch.ops.qc.hadamard(torch.ones(2, n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 48, 80, 128, 344, 2816])
+def test_fast_transform(n: int) -> None:
+    """qc::hadamard is x Hᵀ / √n, and its gradient is that of the matrix."""
+    x = torch.randn(3, 5, n, dtype=torch.float64, requires_grad=True)
+    matrix = hadamard(n)
+    assert matrix is not None
+    wanted = x @ matrix.t() / n**0.5
+    torch.testing.assert_close(torch.ops.qc.hadamard(x), wanted, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(wanted)
+    (by_matrix,) = torch.autograd.grad((wanted * weight).sum(), x)
+    (by_transform,) = torch.autograd.grad((torch.ops.qc.hadamard(x) * weight).sum(), x)
+    torch.testing.assert_close(by_matrix, by_transform, rtol=1e-12, atol=1e-12)
 
 
 def test_unknown_kind(captured: Captured) -> None:
