@@ -36,6 +36,8 @@ class AbsorbNorms(Pass):
 
     name: ClassVar[str] = "absorb_norms"
     effect: ClassVar[Effect] = Effect.EXACT
+    reads: ClassVar[tuple[str, ...]] = ("weights",)
+    destroys: ClassVar[tuple[str, ...]] = ("rotation", "scales")
 
     def run(self, edit: Edit, facts: Facts) -> None:
         found = find_spaces(facts.program)

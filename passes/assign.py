@@ -29,6 +29,7 @@ class Assign(Pass):
 
     name: ClassVar[str] = "assign"
     effect: ClassVar[Effect] = Effect.PLAN
+    makes: ClassVar[tuple[str, ...]] = ("plan",)
 
     weight: str = "int8:channel"
     activation: str = FLOAT

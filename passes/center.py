@@ -30,6 +30,8 @@ class Center(Pass):
 
     name: ClassVar[str] = "center"
     effect: ClassVar[Effect] = Effect.EXACT
+    reads: ClassVar[tuple[str, ...]] = ("weights",)
+    destroys: ClassVar[tuple[str, ...]] = ("rotation",)
 
     def run(self, edit: Edit, facts: Facts) -> None:
         for space in find_spaces(facts.program, "centring"):

@@ -44,6 +44,8 @@ class Fold(Pass):
 
     name: ClassVar[str] = "fold"
     effect: ClassVar[Effect] = Effect.LOSSY
+    reads: ClassVar[tuple[str, ...]] = ("weights",)
+    ends: ClassVar[tuple[str, ...]] = ("maps",)
 
     def tolerance(self, facts: Facts) -> float:
         return ROUNDING.get(facts.program.dtype, 1e-1)

@@ -34,6 +34,8 @@ class Quantize(Pass):
 
     name: ClassVar[str] = "quantize"
     effect: ClassVar[Effect] = Effect.LOSSY
+    reads: ClassVar[tuple[str, ...]] = ("plan",)
+    ends: ClassVar[tuple[str, ...]] = ("weights",)
     needs: ClassVar[tuple[str, ...]] = ("activations",)
 
     rounding: str = "nearest"

@@ -5,8 +5,8 @@
 QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al. 2024). Every free orthogonal space that a layer
 reads takes one: the residual stream (R1) once the norms' gains are absorbed, the values of heads
 (R2). With `online`, so does a space that one operator would free, the input of the down projection
-(R4), and with `heads` queries and keys behind their rotary embedding (R3); these are computed at run
-time, as fast transforms.
+(R4), and with `heads` queries and keys behind their rotary embedding (R3); these are computed at
+run time, as fast transforms.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Rotate(Pass):
 
     name: ClassVar[str] = "rotate"
     effect: ClassVar[Effect] = Effect.EXACT
-    destroys: ClassVar[tuple[str, ...]] = ("scales", "shifts", "order", "splits", "integers")
-    makes: ClassVar[tuple[str, ...]] = ("rotation",)
+    makes: ClassVar[tuple[str, ...]] = ("rotation", "maps")
+    reads: ClassVar[tuple[str, ...]] = ("weights",)
+    destroys: ClassVar[tuple[str, ...]] = ("scales", "shifts", "order", "splits")
 
     kind: Literal["hadamard", "random"] = "hadamard"
     seed: int = 0

@@ -35,6 +35,9 @@ class Smooth(Pass):
 
     name: ClassVar[str] = "smooth"
     effect: ClassVar[Effect] = Effect.EXACT
+    makes: ClassVar[tuple[str, ...]] = ("scales", "maps")
+    reads: ClassVar[tuple[str, ...]] = ("weights",)
+    destroys: ClassVar[tuple[str, ...]] = ("splits",)
     needs: ClassVar[tuple[str, ...]] = ("activations",)
 
     alpha: float = 0.5

@@ -28,6 +28,8 @@ class Untie(Pass):
 
     name: ClassVar[str] = "untie"
     effect: ClassVar[Effect] = Effect.EXACT
+    reads: ClassVar[tuple[str, ...]] = ("weights",)
+    destroys: ClassVar[tuple[str, ...]] = ("rotation", "scales")
 
     def run(self, edit: Edit, facts: Facts) -> None:
         for node in edit.nodes:

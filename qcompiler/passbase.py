@@ -54,6 +54,8 @@ class Pass(ABC):
     """What a pass before it must have made, if one in the pipeline makes it at all."""
     destroys: ClassVar[tuple[str, ...]] = ()
     """What it makes void: a pass that makes it comes later."""
+    ends: ClassVar[tuple[str, ...]] = ()
+    """What there is no more behind it: a pass that reads it comes before."""
 
     optional: bool = False
     """A pass that changes nothing is an error, unless it is optional."""

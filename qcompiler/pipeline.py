@@ -17,6 +17,7 @@ from qcompiler.edit import Edit, OutOfFuel
 from qcompiler.errors import PassError, QCompilerError
 from qcompiler.facts import NEEDS, Facts, measure
 from qcompiler.history import Effect, Reason, Step
+from qcompiler.order import check_order
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.samples import Flat, check_inputs, synthetic_data
@@ -54,6 +55,7 @@ def run_pipeline(
 
     Raises `PassError` when a pass breaks its promise; `program` is untouched in any case.
     """
+    check_order(passes)
     checker = Checker(program, check_inputs(program.io, example))
     for index, step in enumerate(passes):
 

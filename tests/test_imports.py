@@ -16,6 +16,7 @@ LAYERS = (
     "facts rounding check spec spaces",
     "trial",
     "passbase",
+    "order",
     "backend pipeline",
     "registry",
     "recipe codec capture",

@@ -45,6 +45,8 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     effect: ClassVar[Effect] = Effect.EXACT
+    reads: ClassVar[tuple[str, ...]] = ("weights",)
+    destroys: ClassVar[tuple[str, ...]] = ("rotation", "scales")
 
     def run(self, edit: Edit, facts: Facts) -> None:
         for rule in RULES:

@@ -41,7 +41,7 @@ def apply_scale(edit: Edit, space: Space, scale: Tensor, name: str) -> None:
         raise BadInput(f"space {space.id} takes {space.size} scales; found {list(scale.shape)}")
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise BadInput(f"scales of space {space.id} must be positive and finite")
-    source = edit.new_param(name, scale.to(torch.float32), like=space.params[0].node)
+    source = edit.new_param(name, scale.to(torch.float32), like=space.home)
     edit.free(source, "diagonal")
     spread(edit, source, space, space.params, 1)
 
@@ -124,7 +124,7 @@ def apply_shift(edit: Edit, space: Space, shift: Tensor, name: str) -> None:
         raise BadInput(f"space {space.id} takes {space.size} shifts; found {list(shift.shape)}")
     if not bool(shift.isfinite().all()):
         raise BadInput(f"shifts of space {space.id} must be finite")
-    source = edit.new_param(name, shift.to(torch.float32), like=space.params[0].node)
+    source = edit.new_param(name, shift.to(torch.float32), like=space.home)
     edit.free(source, "shift")
     nodes = {n.name: n for n in edit.graph.nodes}
     for number, member in enumerate(space.params):
@@ -202,7 +202,7 @@ def online_places(space: Space) -> tuple[fx.Node, ...]:
     found = []
     for blocker in space.blocked_by:
         member = next((m for m in space.activations if node_id(m.node) == blocker.node), None)
-        if not blocker.produces or member is None or space.producers and space.params:
+        if not blocker.produces or member is None or (space.producers and space.params):
             return ()
         whole = torch.equal(member.index, torch.arange(space.size))
         if not whole or member.axis != member.node.meta["val"].ndim - 1:

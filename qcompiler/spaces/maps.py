@@ -49,7 +49,7 @@ class Matrix(Map):
 
     def __init__(self, edit: Edit, space: Space, value: Tensor, name: str) -> None:
         value = _checked(space, value)
-        super().__init__(edit, edit.new_param(name, value, like=space.params[0].node))
+        super().__init__(edit, edit.new_param(name, value, like=space.home))
         self.maps = tuple(value.shape[:-2])
         self._orthogonal = space.kind == "orthogonal"
         edit.free(self.source, space.kind)
@@ -85,7 +85,7 @@ class Hadamard(Map):
     def __init__(self, edit: Edit, space: Space, signs: Tensor, name: str) -> None:
         if tuple(signs.shape) != (space.size,) or not bool((signs.abs() == 1).all()):
             raise BadInput(f"space {space.id} takes {space.size} signs; found {list(signs.shape)}")
-        super().__init__(edit, edit.new_param(name, signs, like=space.params[0].node))
+        super().__init__(edit, edit.new_param(name, signs, like=space.home))
 
     def forward(self, x: fx.Node, order: Sequence[int] = ()) -> fx.Node:
         signs = self.source
@@ -105,7 +105,7 @@ class Kronecker(Map):
                 f"{len(right)}"
             )
         first, second = _invertible(space, left.double()), _invertible(space, right.double())
-        like = space.params[0].node
+        like = space.home
         super().__init__(edit, edit.new_param(f"{name}.left", first, like=like))
         self._right = edit.new_param(f"{name}.right", second, like=like)
         for node in (self.source, self._right):
@@ -151,7 +151,7 @@ class Order(Map):
                 if order.numel() <= 16
                 else f"space {space.id} takes an order of {space.size} channels; some are missing"
             )
-        super().__init__(edit, edit.new_param(name, order, like=space.params[0].node))
+        super().__init__(edit, edit.new_param(name, order, like=space.home))
 
     def forward(self, x: fx.Node, order: Sequence[int] = ()) -> fx.Node:
         last = x.meta["val"].ndim - 1

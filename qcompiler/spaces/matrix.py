@@ -24,8 +24,8 @@ from torch import fx
 
 from qcompiler.program import op_name
 from qcompiler.spaces.axes import Axes
+from qcompiler.spaces.meet import Meetings
 from qcompiler.spaces.system import (
-    Blocker,
     Leaf,
     Member,
     Space,
@@ -101,6 +101,7 @@ SYSTEMS: dict[str, type[System]] = {
 def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
     """All spaces of matrix maps with a parameter in them, in graph order, blocked ones included."""
     system = SYSTEMS[kind](axes)
+    meetings = Meetings(axes, kind)
     program = axes.program
     groups: dict[Leaf, list[tuple[Leaf, int]]] = defaultdict(list)
     for leaves in system.leaves.values():
@@ -115,7 +116,10 @@ def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
         size = root.atom.size
         known = all(fixed(leaf.value.axes[leaf.axis]) for leaf, _ in (*active, *params))
         blockers = tuple(system.marks.get(root, {}))
-        if not isinstance(size, int) or not known or not (params or _meet(active, blockers)):
+        if not params and kind in DEPENDENT:
+            space = meetings.space(len(found), members, blockers)
+            found += [space] if space is not None else []
+        if not params or not isinstance(size, int) or not known:
             continue
         turn = orientation(program.graph, active)
         depends = _dependencies(system, members, params) if kind in DEPENDENT else []
@@ -136,15 +140,6 @@ def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
         maps = tuple(int(a.size) for a in depends)
         found.append(Space(len(found), size, outside, inside, blockers, kind, maps))
     return found
-
-
-def _meet(active: list[tuple[Leaf, int]], blockers: tuple[Blocker, ...]) -> bool:
-    """Whether two computed values that meet in a product (queries and keys) are all there is.
-
-    One operator behind each mark maps them, without any weight.
-    """
-    signs = {sign for _, sign in active}
-    return len(signs) == 2 and bool(blockers) and all(b.produces for b in blockers)
 
 
 def _dependencies(

@@ -79,6 +79,11 @@ class Space:
     """Matrices: how many may differ, by index (per key/value head, say); one if empty."""
 
     @property
+    def home(self) -> fx.Node:
+        """The node whose module path the map's parameter takes."""
+        return (*self.params, *self.activations)[0].node
+
+    @property
     def producers(self) -> tuple[Member, ...]:
         """Parameters that take the map."""
         return tuple(m for m in self.params if m.exponent > 0)
