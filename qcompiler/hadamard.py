@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 
+@lru_cache(maxsize=32)
 def hadamard(n: int) -> Tensor | None:
-    """An n × n Hadamard matrix, float64, or None if no construction here gives one."""
+    """An n × n Hadamard matrix, float64, or None if no construction here gives one.
+
+    It is kept: nobody may write into it.
+    """
     m = core_size(n)
     if m is None:
         return None
@@ -42,7 +46,6 @@ def core_size(n: int) -> int | None:
     return None
 
 
-@lru_cache(maxsize=32)
 def hadamard_core(m: int) -> Tensor:
     """H_m for an m that `core_size` gives, float64."""
     if m == 1:

@@ -8,6 +8,7 @@ an ordinary aten operator.
 `qc::dequantize`          a stored (packed) weight as floating point numbers
 `qc::rope`                rotary position embedding, halves or interleaved pairs
 `qc::hadamard`            x Hᵀ / √n along the last axis, as a fast transform
+`qc::sparse_linear`       x Sᵀ with a sparse matrix S in CSR
 ========================  =====================================================================
 """
 
@@ -26,7 +27,10 @@ from qcompiler.formats import (
     range_to_scale,
     unpack,
 )
-from qcompiler.hadamard import core_size, hadamard_core
+from qcompiler.hadamard import core_size, hadamard
+
+FACTOR = 64
+"""Size up to which a Hadamard matrix is multiplied as one."""
 
 _library = torch.library.Library("qc", "DEF")
 _library.define(
@@ -38,6 +42,7 @@ _library.define(
 )
 _library.define("hadamard(Tensor x) -> Tensor")
 _library.define("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
+_library.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows) -> Tensor")
 
 
 def fake_quantize(
@@ -66,29 +71,29 @@ def dequantize_packed(
 def hadamard_transform(x: Tensor, transposed: bool = False) -> Tensor:
     """x Hᵀ / √n along the last axis (…, n), with H = H₂ ⊗ … ⊗ H₂ ⊗ H_m of `hadamard.hadamard`.
 
-    Each H₂ is one addition and one subtraction of halves, so that n = 2^k m costs n (k + m)
-    operations and not n². A size without a Hadamard matrix (92, say) is an error.
+    H is a product of factors of about 64, H_a ⊗ H_b ⊗ …, each a small product of matrices, so that
+    it costs n (a + b + …) and not n²: factors of 2 would cost less yet, and take longer, as each
+    goes over the memory once. A size without a Hadamard matrix (92, say) is an error.
     """
-    n = int(x.shape[-1])
-    m = core_size(n)
+    n, m = int(x.shape[-1]), core_size(int(x.shape[-1]))
     if m is None:
         raise ValueError(f"no Hadamard matrix of size {n} can be constructed")
-    y = x.reshape(*x.shape[:-1], n // m, m)
-    if m > 1:
-        core = hadamard_core(m).to(y)
-        y = y @ (core if transposed else core.t())
-    width = n // m
-    while width > 1:
-        y = y.reshape(*x.shape[:-1], -1, 2, width // 2 * m)
-        first, second = y.unbind(-2)
-        y = torch.stack((first + second, first - second), -2)
-        width //= 2
+    y, inner = x, 1
+    while inner < n:
+        width = m if inner == 1 else 1
+        while width < FACTOR and inner * width < n:
+            width *= 2
+        matrix = hadamard(width)
+        assert matrix is not None
+        factor = (matrix.t() if transposed else matrix).to(y)
+        y = y.reshape(*x.shape[:-1], n // (inner * width), width, inner)
+        y = factor @ y
+        inner *= width
     out: Tensor = y.reshape(x.shape) * n**-0.5
     return out
 
 
-def hadamard(x: Tensor) -> Tensor:
-    """See `hadamard_transform`."""
+def _hadamard(x: Tensor) -> Tensor:
     return hadamard_transform(x)
 
 
@@ -104,6 +109,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
         first, second = x.chunk(2, -1)
         turned = torch.cat((-second, first), -1)
     return x * cos + turned * sin
+
+
+def sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """x Sᵀ for a sparse matrix S (out, in) in CSR: (…, in) to (…, out).
+
+    Row i holds `values[rows[i]:rows[i + 1]]` (of x's type) at `columns` of the same range. Each row
+    sums what it reads of xᵀ, a bag of embeddings: the work is that of the entries, not of out × in.
+    """
+    table = x.reshape(-1, x.shape[-1]).t().contiguous()
+    y = torch.nn.functional.embedding_bag(
+        columns, table, rows, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+    return y.t().reshape(*x.shape[:-1], y.shape[0]).contiguous()
 
 
 def _fake_quantize_shape(
@@ -128,11 +146,16 @@ def _rope_shape(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) 
     return x * cos + x * sin
 
 
+def _sparse_linear_shape(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows.shape[0] - 1))
+
+
 for _name, _run, _shape in (
     ("fake_quantize", fake_quantize, _fake_quantize_shape),
     ("dequantize", dequantize_packed, _dequantize_shape),
-    ("hadamard", hadamard, _hadamard_shape),
+    ("hadamard", _hadamard, _hadamard_shape),
     ("rope", rope, _rope_shape),
+    ("sparse_linear", sparse_linear, _sparse_linear_shape),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qc::{_name}", _shape, lib=_library)
@@ -151,7 +174,22 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> Tensor:
     return hadamard_transform(grad, transposed=True)
 
 
-for _name, _backward in (("fake_quantize", _straight_through), ("hadamard", _hadamard_backward)):
-    torch.library.register_autograd(
-        f"qc::{_name}", _backward, setup_context=_no_context, lib=_library
-    )
+def _rope_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    _, cos, sin, ctx.interleaved = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rope_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The rotation by the opposite angles; the angles themselves are no parameters."""
+    cos, sin = ctx.saved_tensors
+    turned = grad * sin
+    back = rope(turned, torch.zeros_like(cos), -torch.ones_like(sin), ctx.interleaved)
+    return grad * cos + back, None, None, None
+
+
+for _name, _backward, _context in (
+    ("fake_quantize", _straight_through, _no_context),
+    ("hadamard", _hadamard_backward, _no_context),
+    ("rope", _rope_backward, _rope_context),
+):
+    torch.library.register_autograd(f"qc::{_name}", _backward, setup_context=_context, lib=_library)

@@ -33,17 +33,24 @@ def rounded_input(x: Tensor, fmt: QFormat | None) -> Tensor:
     return fake_quantize(x, str(QFormat(fmt.element, block, fmt.symmetric, dynamic=True)))
 
 
-def layer_error(x: Tensor, weight: Tensor, scheme: Scheme, wanted: Tensor | None = None) -> float:
-    """Relative squared error of a layer's output on the vectors `x` (vectors, channels).
+def layer_noise(x: Tensor, weight: Tensor, scheme: Scheme, wanted: Tensor | None = None) -> float:
+    """Mean square of what rounding adds to a layer's output on the vectors `x` (vectors, channels).
 
     `weight` is (out, channels) or a kernel (out, channels, …), whose taps are read as layers of
-    their own. `wanted` is the output to compare with, if `x` and `weight` are already changed ones.
+    their own. `wanted` is the output to compare with, if it is not x Wᵀ.
     """
     if wanted is None:
         wanted = x @ matrix(weight).t()
     found = rounded_input(x, scheme.activation) @ matrix(rounded(weight, scheme.weight)).t()
-    size = float(wanted.pow(2).sum())
-    return float((found - wanted).pow(2).sum()) / size if size else 0.0
+    return float((found - wanted).pow(2).mean())
+
+
+def layer_error(x: Tensor, weight: Tensor, scheme: Scheme, wanted: Tensor | None = None) -> float:
+    """The same, relative to the mean square of the output itself."""
+    if wanted is None:
+        wanted = x @ matrix(weight).t()
+    size = float(wanted.pow(2).mean())
+    return layer_noise(x, weight, scheme, wanted) / size if size else 0.0
 
 
 def matrix(weight: Tensor) -> Tensor:

@@ -265,6 +265,15 @@ def _mixed(edit: Edit, node: fx.Node, made: Map, member: Member, size: int) -> f
     return mixed
 
 
+def reordered(member: Member, order: Tensor) -> Tensor:
+    """Where each index along the member's axis comes from under an order of the channels."""
+    listed, count = _copies(member.index, [], len(order))
+    places = listed[:count].reshape(-1, len(order))
+    where = torch.arange(len(member.index))
+    where[places] = places[:, order]
+    return where
+
+
 def _dependencies(
     member: Member, made: Map
 ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, int]]]:

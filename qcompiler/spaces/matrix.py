@@ -84,10 +84,11 @@ class _Permutation(_Orthogonal):
     kind: ClassVar[str] = "permutation"
 
     def equation(self, node: fx.Node, operands: list[Leaf], results: list[Leaf]) -> None:
-        """All that share the index share its order."""
+        """All that share the index share its order; the sign tells readers from producers."""
         first, *rest = (*operands, *results)
+        summed = not results and len(operands) == 2
         for leaf in rest:
-            self.join(first, leaf, 1, node)
+            self.join(first, leaf, -1 if summed else 1, node)
 
     def alone(self, leaf: Leaf, node: fx.Node, summed: bool) -> None:
         """A sum over an index, or copies along it, are the same in any order."""

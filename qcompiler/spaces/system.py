@@ -52,13 +52,16 @@ class Member:
     axis: int = -1
     which: tuple[tuple[int, Tensor], ...] = ()
     """Matrices: for each of `Space.maps`, (axis, index of the map at each index of that axis)."""
-    makes: bool = True
-    """Shifts: the operator makes the shifted channels; else it reads them, and takes s off."""
+    makes: bool | None = None
+    """Shifts: the node is an operator whose bias makes the shifted channels, or (False) reads them
+    and takes the shift off; None for parameters and activations."""
 
     @property
     def name(self) -> str:
-        """The parameter that it is, or that the expression on its edge is about."""
+        """The parameter that it is or that its edge's expression is about, or the operator."""
         node = self.node
+        if self.makes is not None:
+            return node_id(node)
         while node.op != "placeholder":
             node = node.all_input_nodes[0]
         return node_id(node)

@@ -1,0 +1,69 @@
+"""Learn the maps that are in the graph, through the quantized graph.
+
+    min over R of  KL( float program ‖ program with Q(x Rᵀ) Q(W Rᵀ)ᵀ )        R Rᵀ = I
+
+SpinQuant (Liu et al. 2024), section 3.2, by Cayley steps; with scales in the graph too, OSTQuant
+(Hu et al. 2025): orthogonal × diagonal with a loss on the likeliest words. Rotations of `rotate`,
+scales of `smooth` and matrices of `affine` are parameters on the weights' edges until `fold`
+evaluates them; this pass gives them better values. The float program stays what it was, whatever
+they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from qcompiler.edit import Edit
+from qcompiler.errors import BadInput
+from qcompiler.facts import Facts
+from qcompiler.history import Effect
+from qcompiler.learn import learn
+from qcompiler.objective import OBJECTIVES
+from qcompiler.passbase import Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnRotation(Pass):
+    """Train the rotations (and scales) of the graph through its quantized form."""
+
+    name: ClassVar[str] = "learn_rotation"
+    effect: ClassVar[Effect] = Effect.EXACT
+    needs: ClassVar[tuple[str, ...]] = ("batches",)
+    reads: ClassVar[tuple[str, ...]] = ("maps", "plan", "weights")
+    destroys: ClassVar[tuple[str, ...]] = ("splits",)
+
+    steps: int = 100
+    rate: float = 1.5
+    """Step of the rotations; it falls to zero by a cosine."""
+    loss: Literal["kl_top", "mse"] = "kl_top"
+
+    def run(self, edit: Edit, facts: Facts) -> None:
+        program = facts.program
+        if not program.plan:
+            raise BadInput(
+                "learn_rotation: it trains for the plan's formats; put `assign` before it"
+            )
+        if not program.maps:
+            raise BadInput(
+                "learn_rotation: no map is left to train; put `rotate` (or `smooth`) before it and "
+                "`fold` behind it"
+            )
+        if self.steps < 1 or not self.rate > 0:
+            raise BadInput("learn_rotation: steps and rate are positive")
+        learned = learn(
+            program,
+            facts.batches,
+            OBJECTIVES[self.loss],
+            steps=self.steps,
+            rate=self.rate,
+            tick=facts.tick,
+        )
+        change = f"{self.loss} {learned.before:.4g} → {learned.after:.4g} in {self.steps} steps"
+        if not learned.after < learned.before:
+            edit.note(f"training found nothing better: {change}")
+            return
+        nodes = [n for n in edit.nodes if edit.param_of(n) in learned.values]
+        edit.spend(f"trained with the others: {change}", *nodes)
+        for node in nodes:
+            edit.set_param(node, learned.values[str(edit.param_of(node))])
