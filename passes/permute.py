@@ -68,7 +68,7 @@ class Permute(Pass):
             taken.append(group.space)
             makers = ", ".join(dict.fromkeys(m.name for m in group.space.params))
             edit.spend(f"inputs of {group.names} in order of {self.by}, in {makers}: {words}")
-            apply_map(edit, group.space, Order(edit, group.space, order, f"permute.{number}"))
+            apply_map(edit, group.space, Order(edit, group.space.home, order, f"permute.{number}"))
         demand(self.name, self.demand, taken, found.blocked)
 
     def _key(self, facts: Facts, group: Group) -> Tensor:

@@ -89,10 +89,10 @@ class Rotate(Pass):
         )
         made: Map
         if places and signs is not None and matrix is not None:
-            made = Hadamard(edit, space, signs, name)
+            made = Hadamard(edit, space.home, signs, name)
         else:
             drawn = _random(space.size, generator) if matrix is None else matrix
-            made = Matrix(edit, space, drawn, name)
+            made = Matrix(edit, space.home, drawn, name)
         apply_map(edit, space, made)
         apply_online(edit, space, made, places)
 

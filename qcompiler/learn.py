@@ -10,7 +10,7 @@ exponentials, and other matrices are trained as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,11 @@ def learn(
     steps: int,
     rate: float,
     tick: Tick,
+    only: Collection[str] | None = None,
 ) -> Learned:
-    """Train all free maps of `program` for `steps` batches; never ends worse than it began.
+    """Train the free maps of `program` (or `only` some) for `steps` batches.
+
+    What it returns is never worse than what it began with.
 
     `rate` is the step of rotations, in the units of SpinQuant's (1.5 there); scales and matrices
     take hundredths of it.
@@ -81,7 +84,11 @@ def learn(
         raise BadInput("training needs at least one batch of inputs")
     held, *feed = batches if len(batches) > 1 else (*batches, *batches)
     student = simulate(program)
-    maps = [_TRAINERS[kind](name, program.params[name]) for name, kind in student.maps.items()]
+    maps = [
+        _TRAINERS[kind](name, program.params[name])
+        for name, kind in student.maps.items()
+        if only is None or name in only
+    ]
     wanted = [program.flat(x) for x in (held, *feed)]
 
     def loss(inputs: Flat, target: tuple[object, ...]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.program import node_id
+from qcompiler.sites import Site
 from qcompiler.spaces.maps import Map, Matrix
 from qcompiler.spaces.system import Member, Space
 
@@ -177,7 +178,7 @@ def apply_matrix(edit: Edit, space: Space, matrix: Tensor, name: str) -> Matrix:
     `matrix` is T, (size, size), or one for each index of `space.maps`. It becomes the parameter
     `name`.
     """
-    made = Matrix(edit, space, matrix, name)
+    made = Matrix(edit, space.home, matrix, name, space.kind)
     apply_map(edit, space, made)
     return made
 
@@ -185,8 +186,17 @@ def apply_matrix(edit: Edit, space: Space, matrix: Tensor, name: str) -> Matrix:
 def apply_map(edit: Edit, space: Space, made: Map) -> None:
     """Let each parameter of `space` take `made`, or its inverse, along the space's axis.
 
-    A space with one mark may take it too, if the caller puts one operator behind that mark.
+    A space with marks may take it too, if the caller applies it behind them (`apply_online`).
     """
+    wanted = {"orthogonal": ("orthogonal",), "permutation": ("permutation",)}
+    if made.size != space.size or made.maps not in ((), space.maps):
+        each = f", or one for each of {list(space.maps)}" if space.maps else ""
+        raise BadInput(
+            f"space {space.id} takes a {space.size} × {space.size} matrix{each}; "
+            f"found {[*made.maps, made.size, made.size]}"
+        )
+    if made.kind not in wanted.get(space.kind, ("orthogonal", "invertible")):
+        raise BadInput(f"space {space.id} takes no {made.kind} map; it is {space.kind}")
     edges = {n.name: n for n in edit.graph.nodes}
     for member in space.params:
         node = edges[member.node.name]
@@ -221,6 +231,22 @@ def apply_online(edit: Edit, space: Space, made: Map, places: Sequence[fx.Node])
         mapped = made.forward(node) if member.exponent > 0 else made.backward(node)
         # The operators of the map read the value too: they go on doing so.
         edit.replace(node, mapped, only=users)
+
+
+def map_input(edit: Edit, sites: Sequence[Site], made: Map) -> None:
+    """Map the common input of some linears at run time, and undo it in their weights."""
+    x = sites[0].x
+    assert x is not None
+    nodes = {n.name: n for n in edit.graph.nodes}
+    mapped = made.forward(nodes[x.name])
+    for site in sites:
+        node = nodes[site.node.name]
+        weight = node.args[site.kind.weight]
+        assert isinstance(weight, fx.Node)
+        undone = made.backward(_as(edit, weight, torch.float64))
+        edit.rewire(node, site.kind.weight, _as(edit, undone, weight.meta["val"].dtype))
+        assert site.kind.x is not None
+        edit.rewire(node, site.kind.x, mapped)
 
 
 def _mixed(edit: Edit, node: fx.Node, made: Map, member: Member, size: int) -> fx.Node:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
-from qcompiler.hadamard import hadamard
-from qcompiler.spaces.system import Space
 
 aten = torch.ops.aten
 SINGULAR = 1e6
@@ -26,9 +25,13 @@ SINGULAR = 1e6
 class Map(ABC):
     """T, and what it takes to apply it along the last axis."""
 
+    size: int
+    """Channels."""
     maps: tuple[int, ...] = ()
     """Sizes of the leading axes of a map that differs by index (per head)."""
-    wide = True
+    kind: ClassVar[str]
+    """What it is to a space: `orthogonal`, `invertible` or `permutation`."""
+    wide: ClassVar[bool] = True
     """Whether it does arithmetic, for which weights go to float64."""
 
     def __init__(self, edit: Edit, source: fx.Node) -> None:
@@ -47,18 +50,27 @@ class Map(ABC):
 class Matrix(Map):
     """A parameter T, (*maps, n, n) in float64: in float32 a rotation is one to 1e-7 only."""
 
-    def __init__(self, edit: Edit, space: Space, value: Tensor, name: str) -> None:
-        value = _checked(space, value)
-        super().__init__(edit, edit.new_param(name, value, like=space.home))
-        self.maps = tuple(value.shape[:-2])
-        self._orthogonal = space.kind == "orthogonal"
-        edit.free(self.source, space.kind)
+    def __init__(
+        self, edit: Edit, like: fx.Node, value: Tensor, name: str, kind: str = "orthogonal"
+    ) -> None:
+        value = _invertible(value)
+        if kind == "orthogonal":
+            identity = torch.eye(value.shape[-1], dtype=torch.float64)
+            gap = float((value @ value.mT - identity).abs().max())
+            if not gap <= 1e-12:
+                raise BadInput(
+                    f"an orthogonal matrix is expected; of this T Tᵀ is off by {gap:.1e}"
+                )
+        super().__init__(edit, edit.new_param(name, value, like=like))
+        self.size, self.maps = value.shape[-1], tuple(value.shape[:-2])
+        self.kind = kind  # type: ignore[misc]
+        edit.free(self.source, kind)
 
     def forward(self, x: fx.Node, order: Sequence[int] = ()) -> fx.Node:
         return self._times(x, self._turned(self.source, order, x), x)
 
     def backward(self, x: fx.Node, order: Sequence[int] = ()) -> fx.Node:
-        if self._orthogonal:
+        if self.kind == "orthogonal":
             return self.forward(x, order)
         inverse = self.edit.call(aten.linalg_inv.default, self.source, like=x)
         turned = self.edit.call(aten.transpose.int, inverse, -2, -1, like=x)
@@ -82,10 +94,13 @@ class Matrix(Map):
 class Hadamard(Map):
     """R = H diag(±1) / √n as a fast transform: n log n instead of n² (see `qc::hadamard`)."""
 
-    def __init__(self, edit: Edit, space: Space, signs: Tensor, name: str) -> None:
-        if tuple(signs.shape) != (space.size,) or not bool((signs.abs() == 1).all()):
-            raise BadInput(f"space {space.id} takes {space.size} signs; found {list(signs.shape)}")
-        super().__init__(edit, edit.new_param(name, signs, like=space.home))
+    kind = "orthogonal"
+
+    def __init__(self, edit: Edit, like: fx.Node, signs: Tensor, name: str) -> None:
+        if signs.ndim != 1 or not bool((signs.abs() == 1).all()):
+            raise BadInput(f"signs are a vector of 1 and -1; found {list(signs.shape)}")
+        super().__init__(edit, edit.new_param(name, signs, like=like))
+        self.size = len(signs)
 
     def forward(self, x: fx.Node, order: Sequence[int] = ()) -> fx.Node:
         signs = self.source
@@ -98,16 +113,13 @@ class Hadamard(Map):
 class Kronecker(Map):
     """T = A ⊗ B: n = n₁ n₂ channels by two small matrices (FlatQuant, Sun et al. 2024, eq. 4)."""
 
-    def __init__(self, edit: Edit, space: Space, left: Tensor, right: Tensor, name: str) -> None:
-        if len(left) * len(right) != space.size:
-            raise BadInput(
-                f"space {space.id} takes factors of {space.size} channels; found {len(left)} × "
-                f"{len(right)}"
-            )
-        first, second = _invertible(space, left.double()), _invertible(space, right.double())
-        like = space.home
+    kind = "invertible"
+
+    def __init__(self, edit: Edit, like: fx.Node, left: Tensor, right: Tensor, name: str) -> None:
+        first, second = _invertible(left), _invertible(right)
         super().__init__(edit, edit.new_param(f"{name}.left", first, like=like))
         self._right = edit.new_param(f"{name}.right", second, like=like)
+        self.size = len(left) * len(right)
         for node in (self.source, self._right):
             edit.free(node, "invertible")
 
@@ -142,44 +154,25 @@ class Kronecker(Map):
 class Order(Map):
     """Channel i becomes what channel order[i] was."""
 
+    kind = "permutation"
     wide = False
 
-    def __init__(self, edit: Edit, space: Space, order: Tensor, name: str) -> None:
-        if not torch.equal(order.sort().values, torch.arange(space.size)):
-            raise BadInput(
-                f"space {space.id} takes an order of {space.size} channels; found {order.tolist()}"
-                if order.numel() <= 16
-                else f"space {space.id} takes an order of {space.size} channels; some are missing"
-            )
-        super().__init__(edit, edit.new_param(name, order, like=space.home))
+    def __init__(self, edit: Edit, like: fx.Node, order: Tensor, name: str) -> None:
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise BadInput(f"an order of {len(order)} channels names each once; this one does not")
+        super().__init__(edit, edit.new_param(name, order, like=like))
+        self.size = len(order)
 
     def forward(self, x: fx.Node, order: Sequence[int] = ()) -> fx.Node:
         last = x.meta["val"].ndim - 1
         return self.edit.call(aten.index_select.default, x, last, self.source, like=x)
 
 
-def fast_hadamard(size: int) -> bool:
-    """Whether a Hadamard matrix of this size can be constructed."""
-    return hadamard(size) is not None
-
-
-def _checked(space: Space, value: Tensor) -> Tensor:
-    """`value` in float64 if it is a map of the space's kind, shared or one per index."""
-    square = (space.size, space.size)
-    if tuple(value.shape) not in (square, (*space.maps, *square)):
-        each = f", or one for each of {list(space.maps)}" if space.maps else ""
-        raise BadInput(
-            f"space {space.id} takes a {space.size} × {space.size} matrix{each}; "
-            f"found {list(value.shape)}"
-        )
-    return _invertible(space, value.double())
-
-
-def _invertible(space: Space, value: Tensor) -> Tensor:
-    identity = torch.eye(value.shape[-1], dtype=torch.float64)
-    gap = float((value @ value.transpose(-2, -1) - identity).abs().max())
-    if space.kind == "orthogonal" and not gap <= 1e-12:
-        raise BadInput(f"space {space.id} takes an orthogonal matrix; T Tᵀ is off by {gap:.1e}")
+def _invertible(value: Tensor) -> Tensor:
+    """`value` in float64, if it is square and has an inverse."""
+    value = value.double()
+    if value.ndim < 2 or value.shape[-1] != value.shape[-2]:
+        raise BadInput(f"a square matrix is expected; found {list(value.shape)}")
     if not (bool(value.isfinite().all()) and float(torch.linalg.cond(value).max()) < SINGULAR):
-        raise BadInput(f"space {space.id} takes an invertible matrix; this one is nearly singular")
+        raise BadInput("an invertible matrix is expected; this one is nearly singular")
     return value

@@ -70,7 +70,7 @@ def changed(program: Program, space: Space, seed: int) -> Program:
         apply_shift(edit, space, torch.randn(space.size, generator=generator), "verify.map")
     elif space.kind == "permutation":
         apply_map(
-            edit, space, Order(edit, space, random_order(space.size, generator), "verify.map")
+            edit, space, Order(edit, space.home, random_order(space.size, generator), "verify.map")
         )
     else:
         apply_matrix(edit, space, random_matrix(space, generator), "verify.map")
