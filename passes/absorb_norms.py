@@ -101,7 +101,10 @@ def _take_bias(edit: Edit, reader: fx.Node, bias: fx.Node, before: dict[fx.Node,
     weight, old = reader.args[1], reader.args[2] if len(reader.args) > 2 else None
     assert isinstance(weight, fx.Node)
     plain = _plain(edit, weight, before)
-    edit.rewire(reader, 2, edit.call(aten.linear.default, bias, plain, old, like=reader))
+    new = edit.call(aten.mv.default, plain, bias, like=reader)
+    if old is not None:
+        new = edit.call(aten.add.Tensor, new, old, like=reader)
+    edit.rewire(reader, 2, new)
 
 
 def _plain(edit: Edit, node: fx.Node, before: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -29,6 +29,7 @@ TURNS = {aten.t.default, aten.transpose.int, aten.permute.default}
 INFIX = {
     aten.mul.Tensor: "∘",
     aten.matmul.default: "·",
+    aten.mv.default: "·",
     aten.div.Tensor: "/",
     aten.add.Tensor: "+",
     aten.sub.Tensor: "-",

@@ -94,7 +94,7 @@ def test_grouped_heads_are_raised(captured: Captured) -> None:
 def test_smooth_finds_its_places(name: str, edits: int, captured: Captured) -> None:
     step = run(captured(name)[2], "canonicalize,smooth").history[-1]
     assert len(step.edits) == edits
-    assert all("cannot be scaled: " in r.why or "no parameter" in r.why for r in step.skipped)
+    assert all("cannot be changed: " in r.why or "no parameter" in r.why for r in step.skipped)
 
 
 def test_smooth_says_what_blocks(captured: Captured) -> None:

@@ -160,7 +160,7 @@ def _into_bias(edit: Edit, node: fx.Node, vector: fx.Node, member: Member) -> No
             taps = list(range(2, weight.meta["val"].ndim))
             weight = edit.call(aten.sum.dim_IntList, weight, taps, like=node)
         flat = edit.call(
-            aten.linear.default, _as(edit, flat, weight.meta["val"].dtype), weight, like=node
+            aten.mv.default, weight, _as(edit, flat, weight.meta["val"].dtype), like=node
         )
     if isinstance(bias, fx.Node):
         new = _plus(edit, bias, flat, sign)

@@ -53,14 +53,7 @@ class Matrix(Map):
     def __init__(
         self, edit: Edit, like: fx.Node, value: Tensor, name: str, kind: str = "orthogonal"
     ) -> None:
-        value = _invertible(value)
-        if kind == "orthogonal":
-            identity = torch.eye(value.shape[-1], dtype=torch.float64)
-            gap = float((value @ value.mT - identity).abs().max())
-            if not gap <= 1e-12:
-                raise BadInput(
-                    f"an orthogonal matrix is expected; of this T Tᵀ is off by {gap:.1e}"
-                )
+        value = _orthogonal(value) if kind == "orthogonal" else _invertible(value)
         super().__init__(edit, edit.new_param(name, value, like=like))
         self.size, self.maps = value.shape[-1], tuple(value.shape[:-2])
         self.kind = kind  # type: ignore[misc]
@@ -168,11 +161,23 @@ class Order(Map):
         return self.edit.call(aten.index_select.default, x, last, self.source, like=x)
 
 
+def _orthogonal(value: Tensor) -> Tensor:
+    value = _square(value)
+    gap = float((value @ value.mT - torch.eye(value.shape[-1], dtype=torch.float64)).abs().max())
+    if not gap <= 1e-12:
+        raise BadInput(f"an orthogonal matrix is expected; of this one T Tᵀ is off by {gap:.1e}")
+    return value
+
+
 def _invertible(value: Tensor) -> Tensor:
-    """`value` in float64, if it is square and has an inverse."""
-    value = value.double()
-    if value.ndim < 2 or value.shape[-1] != value.shape[-2]:
-        raise BadInput(f"a square matrix is expected; found {list(value.shape)}")
+    value = _square(value)
     if not (bool(value.isfinite().all()) and float(torch.linalg.cond(value).max()) < SINGULAR):
         raise BadInput("an invertible matrix is expected; this one is nearly singular")
     return value
+
+
+def _square(value: Tensor) -> Tensor:
+    """`value` in float64, if it is square."""
+    if value.ndim < 2 or value.shape[-1] != value.shape[-2]:
+        raise BadInput(f"a square matrix is expected; found {list(value.shape)}")
+    return value.double()
