@@ -8,7 +8,7 @@ with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -85,11 +85,7 @@ class Quantize(Pass):
         value = edit.tensor(node)
         # Rows are flattened, so that a 3 × 3 kernel packs as densely as a matrix.
         rows = value.reshape(value.shape[0], -1)
-        flat = (
-            fmt
-            if fmt.block is None or len(fmt.block) == 1
-            else QFormat(fmt.element, (-1,), fmt.symmetric)
-        )
+        flat = fmt if fmt.block is None or len(fmt.block) == 1 else replace(fmt, block=(-1,))
         q = QUANTIZERS[self.rounding](rows, flat, facts.activations.get(site.id))
         data = edit.new_param(f"{name}.data", pack(q.data, flat.bits), like=node)
         scale = edit.new_param(f"{name}.scale", q.scale, like=node)

@@ -26,7 +26,7 @@ from qcompiler.program import node_id
 from qcompiler.sites import sites
 from qcompiler.spaces import Space
 from qcompiler.spaces import find as find_spaces
-from qcompiler.spaces.apply import apply_map, apply_online, online_places
+from qcompiler.spaces.apply import apply_map, online_places
 from qcompiler.spaces.demand import demand
 from qcompiler.spaces.maps import Hadamard, Map, Matrix
 
@@ -93,8 +93,7 @@ class Rotate(Pass):
         else:
             drawn = _random(space.size, generator) if matrix is None else matrix
             made = Matrix(edit, space.home, drawn, name)
-        apply_map(edit, space, made)
-        apply_online(edit, space, made, places)
+        apply_map(edit, space, made, places)
 
 
 def _random(size: int, generator: torch.Generator) -> Tensor:

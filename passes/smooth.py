@@ -50,11 +50,17 @@ class Smooth(Pass):
     """Share of the difficulty that moves to the weights: 0 none, 1 all of it."""
     search: bool = False
     """Choose the share for each space, by what the plan's formats cost its readers."""
+    norms: bool = True
+    """Also scale what a norm produces. A rotation of the stream takes such scales away: before it,
+    only the others are of use, values and up-projections."""
     demand: tuple[str, ...] = ()
     """Patterns of weights that must be smoothed; if one cannot be, nothing is done."""
 
     def needs_for(self, program: Program) -> tuple[str, ...]:
         return (*self.needs, "samples") if self._searches else self.needs
+
+    def gives(self) -> tuple[str, ...]:
+        return self.makes if self.norms else ("maps",)
 
     @property
     def _searches(self) -> bool:
@@ -71,6 +77,9 @@ class Smooth(Pass):
         taken = []
         for number, group in enumerate(found.groups):
             facts.tick(number, len(found.groups))
+            if not self.norms and _behind_a_norm(group):
+                edit.skip(group.sites[0].id, "a norm produces its inputs; `norms` is false")
+                continue
             share, scale, words = self._scale(facts, group)
             if share is None:
                 edit.skip(group.sites[0].id, f"no scale of its inputs costs less than none{words}")
@@ -104,3 +113,8 @@ class Smooth(Pass):
             return scale / (scale.max() * scale.min()).sqrt()
         scale = x.clamp(min=FLOOR) ** share / w.clamp(min=FLOOR) ** (1 - share)
         return torch.where(x > FLOOR, scale, torch.ones_like(scale))
+
+
+def _behind_a_norm(group: Group) -> bool:
+    """Whether a gain, with no weight beside it, produces the group's inputs."""
+    return all(m.node.meta["val"].ndim == 1 for m in group.space.producers)

@@ -351,7 +351,7 @@ def recipes(json_: bool) -> None:
 @main.command()
 @as_json
 def formats(json_: bool) -> None:
-    """List element types and blocks; a format is written element:block[:asym][:dynamic]."""
+    """List element types and blocks; a format is written element:block[:asym][:dynamic][:full]."""
     elements = [f"{u}int{b}" for u in ("", "u") for b in range(2, 9)]
     blocks = [*NAMED_BLOCKS, "groupN"]
     examples = {
@@ -360,6 +360,7 @@ def formats(json_: bool) -> None:
         "int8:token:dynamic": "activations, one scale per token, found as they come",
         "int8:tensor": "activations, one calibrated scale",
         "uint8:tensor:asym": "the same with a zero point",
+        "int4:channel:full": "all of -8 … 7 where a symmetric format leaves -8 out",
     }
     if json_:
         return _print_json({"elements": elements, "blocks": blocks, "examples": examples})

@@ -41,6 +41,9 @@ class QFormat:
     """No zero point; the range of a signed element is then narrowed to ±qmax."""
     dynamic: bool = False
     """Scales are computed from each tensor as it comes (activations only)."""
+    full: bool = False
+    """Symmetric with the whole range, -8 … 7 with s = max|x| / 7.5: a step of 1/15 instead of 1/14
+    of the range, for which the largest positive number is cut off by half a step."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"u?int[2-8]", self.element):
@@ -50,6 +53,10 @@ class QFormat:
                 raise BadInput(f"a block size is positive or -1 (whole axis), found {size}")
         if self.symmetric and self.element.startswith("u"):
             raise BadInput(f"{self.element} has no negative numbers; write `{self.element}:…:asym`")
+        if self.full and not self.symmetric:
+            raise BadInput(
+                "a format with a zero point has the full range already; leave out `full`"
+            )
 
     @cached_property
     def bits(self) -> int:
@@ -63,7 +70,7 @@ class QFormat:
     def qmin(self) -> int:
         if not self.signed:
             return 0
-        return -(1 << (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(1 << (self.bits - 1)) + (1 if self.symmetric and not self.full else 0)
 
     @property
     def qmax(self) -> int:
@@ -84,6 +91,7 @@ class QFormat:
         words = [self.element, block]
         words += [] if self.symmetric else ["asym"]
         words += ["dynamic"] if self.dynamic else []
+        words += ["full"] if self.full else []
         return ":".join(words)
 
     @classmethod
@@ -111,12 +119,14 @@ class QFormat:
 def _parse_format(text: str) -> QFormat:
     element, *words = text.strip().split(":")
     block: tuple[int, ...] | None = None
-    symmetric, dynamic, seen_block = True, False, False
+    symmetric, dynamic, full, seen_block = True, False, False, False
     for word in words:
         if word == "asym":
             symmetric = False
         elif word == "dynamic":
             dynamic = True
+        elif word == "full":
+            full = True
         elif word in NAMED_BLOCKS:
             block, seen_block = NAMED_BLOCKS[word], True
         elif match := re.fullmatch(r"group(\d+)", word):
@@ -125,10 +135,12 @@ def _parse_format(text: str) -> QFormat:
             block = tuple(-1 if b == "*" else int(b) for b in match[1].split("x"))
             seen_block = True
         else:
-            raise unknown("word in a format", word, ["asym", "dynamic", "group128", *NAMED_BLOCKS])
+            raise unknown(
+                "word in a format", word, ["asym", "dynamic", "full", "group128", *NAMED_BLOCKS]
+            )
     if words and not seen_block:
         raise BadInput(f"format {text!r} names no block; one of {', '.join(NAMED_BLOCKS)}, groupN")
-    return QFormat(element, block, symmetric, dynamic)
+    return QFormat(element, block, symmetric, dynamic, full)
 
 
 @dataclass(frozen=True)
@@ -198,7 +210,7 @@ def range_to_scale(low: Tensor, high: Tensor, fmt: QFormat) -> tuple[Tensor, Ten
     A block of zeros gets scale 1, so that it stays exactly zero and nothing divides by zero.
     """
     if fmt.symmetric:
-        scale = torch.maximum(low.abs(), high.abs()).float() / fmt.qmax
+        scale = torch.maximum(low.abs(), high.abs()).float() * 2 / (fmt.qmax - fmt.qmin)
         return torch.where(scale > 0, scale, torch.ones_like(scale)), None
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     scale = (high - low) / (fmt.qmax - fmt.qmin)

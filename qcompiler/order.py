@@ -62,12 +62,12 @@ def _too_late(later: Pass, earlier: Pass, before: Sequence[Pass], between: Seque
     if type(later) is type(earlier):
         return ""
     for word in later.destroys:
-        if word in earlier.makes:
+        if word in earlier.gives():
             return f"it destroys {WORDS.get(word, word)}, which {earlier.name!r} makes"
-    for word in later.makes:
-        if word in earlier.reads and not any(word in p.makes for p in before):
+    for word in later.gives():
+        if word in earlier.reads and not any(word in p.gives() for p in before):
             return f"it makes {WORDS.get(word, word)}, which {earlier.name!r} reads"
     for word in later.reads:
-        if word in earlier.ends and not any(word in p.makes for p in between):
+        if word in earlier.ends and not any(word in p.gives() for p in between):
             return f"it reads {WORDS.get(word, word)}, which {earlier.name!r} ends"
     return ""

@@ -72,6 +72,10 @@ class Pass(ABC):
         """Largest relative error that the effect's check accepts."""
         return 1e-9 if self.effect is Effect.EXACT else 1.0
 
+    def gives(self) -> tuple[str, ...]:
+        """What the pass makes with these options: `makes`, or less."""
+        return self.makes
+
     @property
     def spec(self) -> PassSpec:
         """Name and the options that differ from their defaults."""

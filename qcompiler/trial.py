@@ -7,6 +7,8 @@ Passes that choose (a scale, an outlier, a rank) choose by this number, with the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from qcompiler.formats import QFormat, Scheme
@@ -20,7 +22,7 @@ def rounded(weight: Tensor, fmt: QFormat | None) -> Tensor:
     if fmt is None:
         return weight
     if fmt.block is not None and len(fmt.block) > 1:
-        fmt = QFormat(fmt.element, (-1,), fmt.symmetric)  # one scale for each filter
+        fmt = replace(fmt, block=(-1,))  # one scale for each filter
     rows = weight.reshape(weight.shape[0], -1)
     return nearest(rows, fmt).dequantize().reshape(weight.shape)
 
@@ -30,7 +32,7 @@ def rounded_input(x: Tensor, fmt: QFormat | None) -> Tensor:
     if fmt is None:
         return x
     block = (-1,) if fmt.block is not None and len(fmt.block) > 1 else fmt.block
-    return fake_quantize(x, str(QFormat(fmt.element, block, fmt.symmetric, dynamic=True)))
+    return fake_quantize(x, str(replace(fmt, block=block, dynamic=True)))
 
 
 def layer_noise(x: Tensor, weight: Tensor, scheme: Scheme, wanted: Tensor | None = None) -> float:

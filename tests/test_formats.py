@@ -25,7 +25,8 @@ def formats(draw: st.DrawFn) -> QFormat:
     symmetric = draw(st.booleans())
     unsigned = not symmetric and draw(st.booleans())
     element = f"{'u' if unsigned else ''}int{bits}"
-    return QFormat(element, draw(blocks), symmetric, draw(st.booleans()))
+    full = symmetric and draw(st.booleans())
+    return QFormat(element, draw(blocks), symmetric, draw(st.booleans()), full)
 
 
 @given(formats())
@@ -41,6 +42,7 @@ def test_text_parses_back(fmt: QFormat) -> None:
         ("int8:dynamic", "names no block"),
         ("uint8:tensor", "asym"),
         ("int4:group0", "positive"),
+        ("int4:channel:asym:full", "full range already"),
     ],
 )
 def test_bad_text_says_what_is_right(text: str, word: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from qcompiler.edit import Edit
 from qcompiler.passes.canonicalize.tidy import CASTS
@@ -33,9 +34,9 @@ def raise_rms_core(edit: Edit) -> None:
 def raise_layer_norm(edit: Edit) -> None:
     """rms(x - mean(x)) is a LayerNorm without gain and bias."""
     for node in edit.calls(aten.rms_norm.default):
-        centred, size, gain, eps = node.args
-        if gain is not None or not isinstance(centred, fx.Node):
-            continue
+        centred, size, gain, eps = _padded(node, 4)
+        if gain is not None or eps is None or not isinstance(centred, fx.Node):
+            continue  # without an eps of its own it takes that of the type it is computed in
         if centred.target is not aten.sub.Tensor:
             continue
         x, mean = centred.args
@@ -56,7 +57,7 @@ def absorb_gain(edit: Edit) -> None:
                 norm, aten.rms_norm.default, aten.layer_norm.default
             ):
                 continue
-            x, size, old, *rest = norm.args
+            x, size, old, *rest = _padded(norm, 3)
             if old is not None or list(gain.meta["val"].shape) != size or len(norm.users) > 1:
                 continue
             if rest and norm.target is aten.layer_norm.default and rest[0] is not None:
@@ -77,7 +78,7 @@ def absorb_bias(edit: Edit) -> None:
         for bias, norm in operands(node):
             if not edit.is_weight(bias) or not is_call(norm, aten.layer_norm.default):
                 continue
-            x, size, gain, old, *rest = norm.args
+            x, size, gain, old, *rest = _padded(norm, 4)
             if old is None and list(bias.meta["val"].shape) == size and len(norm.users) == 1:
                 edit.spend("the summand is the norm's bias", node, norm)
                 new = edit.call(
@@ -85,6 +86,11 @@ def absorb_bias(edit: Edit) -> None:
                 )
                 edit.replace(node, new)
                 break
+
+
+def _padded(node: fx.Node, count: int) -> tuple[Argument, ...]:
+    """The arguments, with None for the ones left out up to `count`."""
+    return (*node.args, *[None] * (count - len(node.args)))
 
 
 def operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

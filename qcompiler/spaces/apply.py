@@ -183,11 +183,14 @@ def apply_matrix(edit: Edit, space: Space, matrix: Tensor, name: str) -> Matrix:
     return made
 
 
-def apply_map(edit: Edit, space: Space, made: Map) -> None:
+def apply_map(edit: Edit, space: Space, made: Map, places: Sequence[fx.Node] = ()) -> None:
     """Let each parameter of `space` take `made`, or its inverse, along the space's axis.
 
-    A space with marks may take it too, if the caller applies it behind them (`apply_online`).
+    A blocked space takes it only with an operator behind each of its `online_places`, for all
+    readers of the values there.
     """
+    if not places:
+        demand_free(space)
     wanted = {"orthogonal": ("orthogonal",), "permutation": ("permutation",)}
     if made.size != space.size or made.maps not in ((), space.maps):
         each = f", or one for each of {list(space.maps)}" if space.maps else ""
@@ -197,10 +200,16 @@ def apply_map(edit: Edit, space: Space, made: Map) -> None:
         )
     if made.kind not in wanted.get(space.kind, ("orthogonal", "invertible")):
         raise BadInput(f"space {space.id} takes no {made.kind} map; it is {space.kind}")
-    edges = {n.name: n for n in edit.graph.nodes}
+    nodes = {n.name: n for n in edit.graph.nodes}
     for member in space.params:
-        node = edges[member.node.name]
-        edges[member.node.name] = _mixed(edit, node, made, member, space.size)
+        node = nodes[member.node.name]
+        nodes[member.node.name] = _mixed(edit, node, made, member, space.size)
+    for place in places:
+        node = nodes[place.name]
+        member = next(m for m in space.activations if m.node is place)
+        users = list(node.users)
+        mapped = made.forward(node) if member.exponent > 0 else made.backward(node)
+        edit.replace(node, mapped, only=users)  # the map's own operators go on reading the value
 
 
 def online_places(space: Space) -> tuple[fx.Node, ...]:
@@ -219,18 +228,6 @@ def online_places(space: Space) -> tuple[fx.Node, ...]:
             return ()
         found.append(member.node)
     return tuple(dict.fromkeys(found))
-
-
-def apply_online(edit: Edit, space: Space, made: Map, places: Sequence[fx.Node]) -> None:
-    """Compute the map behind each of `online_places`, for all readers of the value there."""
-    nodes = {n.name: n for n in edit.graph.nodes}
-    for place in places:
-        node = nodes[place.name]
-        member = next(m for m in space.activations if m.node is place)
-        users = list(node.users)
-        mapped = made.forward(node) if member.exponent > 0 else made.backward(node)
-        # The operators of the map read the value too: they go on doing so.
-        edit.replace(node, mapped, only=users)
 
 
 def map_input(edit: Edit, sites: Sequence[Site], made: Map) -> None:

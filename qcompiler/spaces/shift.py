@@ -11,6 +11,7 @@ and is shifted as they are. Nothing passes what is not linear, nor a norm, nor a
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import fx
@@ -30,7 +31,14 @@ def shift_spaces(axes: Axes) -> list[Space]:
         space = _space(axes, system, len(found), root, members)
         if space is not None:
             found.append(space)
-    return found
+    # One index of a shift, over heads, is part of the whole that may differ by head and channel.
+    free = {_sites(s) for s in found if not s.blocked_by}
+    kept = [s for s in found if not s.blocked_by or _sites(s) not in free]
+    return [replace(s, id=i) for i, s in enumerate(kept)]
+
+
+def _sites(space: Space) -> frozenset[tuple[fx.Node, int]]:
+    return frozenset((m.node, m.exponent) for m in space.params)
 
 
 class _Shifts(LinearSystem):

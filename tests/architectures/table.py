@@ -32,8 +32,9 @@ commutes with no such map. Orthogonal spaces are counted after `untie`, `absorb_
 R1: the streams that `rotate` rotates, by channels; online: rotations with one operator at run time.
 *Error* is the largest relative error of any of these maps.
 
-| model | nodes | diagonal | invertible | orthogonal | R1 | online | error | the stream |
-|---|--:|--:|--:|--:|---|--:|--:|---|
+| model | nodes | diagonal | shift | permutation | invertible | orthogonal | R1 | online | error | \
+the stream |
+|---|--:|--:|--:|--:|--:|--:|---|--:|--:|---|
 """
 
 
@@ -41,10 +42,11 @@ def row(name: str) -> str:
     program = qcompiler.capture(*build(name))
     program = run_pipeline(program, make_passes("canonicalize{optional=true}"))
     prepared = run_pipeline(program, make_passes(PREPARE))
-    verified = qcompiler.verify(program, kinds=("diagonal", "invertible"))
+    kinds = ("diagonal", "shift", "permutation", "invertible")
+    verified = qcompiler.verify(program, kinds=kinds)
     verified += qcompiler.verify(prepared, kinds=("orthogonal",))
     cells = []
-    for kind, source in (("diagonal", program), ("invertible", program), ("orthogonal", prepared)):
+    for kind, source in (*((k, program) for k in kinds), ("orthogonal", prepared)):
         blocked = [s for s in find(source, kind) if s.blocked_by and s.producers and s.consumers]
         free = sum(v.space.kind == kind for v in verified)
         cells.append(f"{free} ({len(blocked)})" if blocked else str(free))

@@ -9,10 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from wirings import PIECES, Block
 
 import qcompiler
 from qcompiler import Edit, Effect, Facts, Pass, PassError, Program
@@ -107,22 +104,3 @@ def test_bad_scales_are_refused(scale: torch.Tensor, words: str, captured: Captu
     edit.spend("wrong")
     with pytest.raises(qcompiler.BadInput, match=words):
         apply_scale(edit, space, scale, "s")
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=3))
-def test_random_wirings(plan: list[str]) -> None:
-    torch.manual_seed(len(plan))
-    program = canonical(qcompiler.capture(Block(plan), torch.randn(3, 5, Block.WIDTH)))
-    for space in find(program):
-        if not space.blocked_by:
-            after = run_pipeline(program, [RandomMap(space=space.id)])
-            assert after.history[-1].metrics["error"] <= 1e-9, (plan, names(space))
-
-
-def test_each_piece_has_its_space() -> None:
-    """What the wirings above offer at least: nobody passes that test by finding nothing."""
-    for piece, least in (("relu", 1), ("gate", 1), ("bilinear", 2), ("split", 1), ("gain", 2)):
-        program = canonical(qcompiler.capture(Block([piece]), torch.randn(3, 5, Block.WIDTH)))
-        free = [s for s in find(program) if not s.blocked_by and s.size == Block.WIDTH]
-        assert len(free) >= least, piece
