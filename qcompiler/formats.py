@@ -21,6 +21,8 @@ from torch import Tensor
 
 from qcompiler.errors import BadInput, unknown
 
+ZERO_BYTES = 2
+"""Bytes in which a zero point is stored."""
 NAMED_BLOCKS = {"tensor": None, "channel": (-1,), "token": (-1,), "sample": (-1, -1, -1)}
 
 
@@ -112,7 +114,7 @@ class QFormat:
         rows, width = _rows(shape)
         data = rows * -(-width * self.bits // 8)
         scales = _numel(self.scale_shape(shape))
-        return data + scales * scale_bytes + (0 if self.symmetric else scales)
+        return data + scales * (scale_bytes + (0 if self.symmetric else ZERO_BYTES))
 
 
 @lru_cache(maxsize=256)

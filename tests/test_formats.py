@@ -94,4 +94,4 @@ def test_a_block_of_zeros_stays_zero() -> None:
 def test_bytes_count_everything() -> None:
     """64 rows of 256 int4 in groups of 32: data, and a float32 scale for each group."""
     assert QFormat.parse("int4:group32").bytes((64, 256)) == 64 * 128 + 64 * 8 * 4
-    assert QFormat.parse("uint8:channel:asym").bytes((64, 256)) == 64 * 256 + 64 * 5
+    assert QFormat.parse("uint8:channel:asym").bytes((64, 256)) == 64 * 256 + 64 * 6

@@ -151,11 +151,19 @@ def _table(kernels: list[Kernel]) -> dict[str, Kernel]:
     return {k.name: k for k in kernels}
 
 
+def _shape8(out: int, width: int, fmt: QFormat) -> str | None:
+    # torch's kernel reads 16 inputs at a time and does not look where the row ends.
+    return None if width % 16 == 0 else f"takes inputs in 16s; found {width}"
+
+
+# `[!l]` leaves out what ends in `full`: the kernel's own scales are for ±127.
 KERNELS = _table(
     [
         Kernel(
             "int8",
-            Capability("int8", "linear", "int8:channel", "int8:t*", 5e-3, "exact integer product"),
+            Capability(
+                "int8", "linear", "int8:channel", "int8:t*[!l]", 5e-3, "exact integer product"
+            ),
             _prepare8,
             lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_int8(x, w["weight"], w["scale"], b, s),
         ),
@@ -164,6 +172,7 @@ KERNELS = _table(
             Capability("packed8", "linear", "int8:channel", "float", 2e-2, "bfloat16 activations"),
             _prepare8,
             lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed8(x, w["weight"], w["scale"], b),
+            _shape8,
         ),
         Kernel(
             "packed4",

@@ -25,7 +25,7 @@ from qcompiler.backends.onnxruntime.layout import (
 )
 from qcompiler.edit import copy_graph
 from qcompiler.formats import QFormat, Scheme
-from qcompiler.ops import fake_quantize, hadamard, rope
+from qcompiler.ops import fake_quantize, hadamard_transform, rope
 from qcompiler.program import Program, node_id
 from qcompiler.sites import Site, sites
 
@@ -57,7 +57,9 @@ class Rewriter:
             elif node.target is qc.rope.default:
                 node.target = rope
             elif node.target is qc.hadamard.default:
-                node.target = hadamard
+                node.target = hadamard_transform
+            elif node.target is qc.sparse_linear.default:
+                self._sparse_linear(node)
         self._clean()
 
     # --- sites ---------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ class Rewriter:
                 max(fmt.qmin + offset, 0),
                 fmt.qmax + offset,
             )
-        elif scale is None and fmt.symmetric and (axes := _axes(fmt, x)):
+        elif scale is None and fmt.symmetric and not fmt.full and (axes := _axes(fmt, x)):
             self._swap(node, kernels.quantize_dynamic, x, axes, fmt.qmax)
         else:
             node.target = fake_quantize
@@ -187,6 +189,16 @@ class Rewriter:
         if weight.format.bits <= 4:
             self.nibbles |= {n.name: weight.format.signed for n in (data, zeros) if n is not None}
         self._swap(node, kernels.dequantize, data, scale, zeros, self._group(weight))
+
+    def _sparse_linear(self, node: fx.Node) -> None:
+        """ONNX has no sparse product: the entries are laid out in a matrix when it is loaded."""
+        x, values, columns, rows = node.args
+        assert isinstance(x, fx.Node) and isinstance(columns, fx.Node) and isinstance(rows, fx.Node)
+        starts, width = self.tensors[rows.name].long(), int(x.meta["val"].shape[-1])
+        row_of = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
+        places = (row_of * width + self.tensors[columns.name]).to(torch.int32)
+        at = self._constant(f"{self._slots[columns.name]}.places", places)
+        self._swap(node, _scattered_linear, x, values, at, len(starts) - 1)
 
     # --- parts ---------------------------------------------------------------------------------
 
@@ -247,6 +259,12 @@ class Rewriter:
             node.meta = {"custom": {"id": node_id(node)}} if "custom" in node.meta else {}
         for name, tensor in self.tensors.items():
             self.tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _scattered_linear(x: Tensor, values: Tensor, places: Tensor, rows: int) -> Tensor:
+    """x Sᵀ, with `values` at flat `places` of S (rows, in)."""
+    flat = x.new_zeros(rows * x.shape[-1]).scatter(0, places.long(), values)
+    return torch.nn.functional.linear(x, flat.reshape(rows, x.shape[-1]))
 
 
 def _as_float32(value: Argument) -> Argument:

@@ -78,3 +78,28 @@ def test_a_saturating_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = self_test("int8")
     self_test.cache_clear()
     assert reason is not None and "saturate without VNNI" in reason
+
+
+@pytest.mark.parametrize("backend", ["cpu", "onnxruntime"])
+@pytest.mark.parametrize("activation", ["float", "int8:token:dynamic:full", "int8:tensor:full"])
+def test_the_full_range_is_no_kernel_s_narrow_one(
+    backend: str, activation: str, captured: Captured
+) -> None:
+    """s = max|x| / 127.5 and not / 127: a kernel with scales of its own must not take it.
+
+    The largest number of a token lies half way between two steps, so that it may round either way;
+    a scale for ±127 would be off by 1e-2.
+    """
+    module, example, _ = captured("llama")
+    passes = f"canonicalize,assign{{weight=int8:channel:full activation={activation}}},quantize"
+    compiled = qcompiler.compile(module, example, passes=passes, backend=backend)
+    inputs = compiled.program.io.flatten((), example)
+    wanted, found = compiled.program.flat(inputs)[0], compiled.artifact.run(inputs)[0]
+    assert relative_error(wanted, found) < 3e-3
+
+
+def test_a_kernel_that_reads_16_inputs_at_a_time_takes_no_odd_width() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(33, 20)).eval()
+    passes = "canonicalize{optional=true},assign{weight=int8:channel head=same},quantize"
+    compiled = qcompiler.compile(model, torch.randn(4, 33), passes=passes, backend="cpu")
+    assert "takes inputs in 16s; found 33" in compiled.kernels["0/linear#0"]
