@@ -41,7 +41,7 @@ class Edit:
     """A private, editable copy of `program` for the pass called `by`."""
 
     def __init__(self, program: Program, by: str, fuel: int | None = None) -> None:
-        self.graph = copy_graph(program.graph)
+        self.graph, self._own = copy_graph(program.graph)
         self.io = program.io
         self._source = program
         self._by = by
@@ -52,6 +52,13 @@ class Edit:
         self._counters = dict(program.counters)
         self._maps = dict(program.maps)
         self._edits: list[_Open] = []
+        self._weights = {n for n in self.graph.nodes if n.name in self._slots}
+        for node in self.graph.nodes:
+            self._judge(node)
+        self._inputs = [
+            n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self._slots
+        ]
+        self._start: fx.Node = next(n for n in self.graph.nodes if n.op != "placeholder")
         self._mode = detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
         self._skipped: list[Reason] = []
         self._notes: list[str] = []
@@ -73,11 +80,11 @@ class Edit:
 
     def is_weight(self, node: object) -> bool:
         """Whether `node` is a parameter or an expression of parameters alone."""
-        if not isinstance(node, fx.Node):
-            return False
-        if node.op == "placeholder":
-            return node.name in self._slots
-        return bool(node.all_input_nodes) and all(map(self.is_weight, node.all_input_nodes))
+        return node in self._weights
+
+    def own(self, node: fx.Node) -> fx.Node:
+        """The node of this edit that `node` of the program was copied to."""
+        return self._own[node]
 
     def param_of(self, node: object) -> str | None:
         """Name of the parameter that `node` is, or None."""
@@ -134,15 +141,14 @@ class Edit:
         `like` lends its module path; `replaces` are the nodes that the new one stands for. Shape
         and type are computed at once, so a wrong call fails here, at the pass's own line.
         """
-        inputs = _inputs(args, kwargs)
-        place = max(inputs) if inputs else None
-        if place is None or place.op == "placeholder":
-            place = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
-        with self.graph.inserting_after(place):
+        inputs = [n for n in _inputs(args, kwargs) if n.op != "placeholder"]
+        place = max(inputs).next if inputs else self._first_call()
+        with self.graph.inserting_before(place):
             node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = fake_call(node, self._mode)
         origin = tuple(node_id(n) for n in replaces)
         self._tag(node, Tag.of(like).scope, op_name(target), origin)
+        self._judge(node)
         self._touch(node, *replaces)
         return node
 
@@ -153,18 +159,19 @@ class Edit:
         self._touch(old, new, *users)
         for user in users:
             user.replace_input_with(old, new)
+            self._judge(user)
         self._erase_dead(old)
 
     def new_param(self, name: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
         """Add a parameter; `name` gets a number if it is taken. Returns its placeholder."""
         name = self._free(name)
-        first = next(n for n in self.graph.nodes if n.name not in self._slots)
-        with self.graph.inserting_before(first):
+        with self.graph.inserting_before(self._inputs[0] if self._inputs else self._first_call()):
             node = self.graph.placeholder("p_" + "".join(c if c.isalnum() else "_" for c in name))
         node.meta["val"] = self._fake(value)
         Tag(name, Tag.of(like).scope if like else "", self._by).put(node)
         self._params[name] = value
         self._slots[node.name] = name
+        self._weights.add(node)
         self._touch(node)
         return node
 
@@ -196,6 +203,7 @@ class Edit:
         old = node.args[index] if index < len(node.args) else None
         node.args = (*node.args, *[None] * (index + 1 - len(node.args)))
         node.update_arg(index, value)
+        self._judge(node)
         node.meta["val"] = fake_call(node, self._mode)
         if isinstance(old, fx.Node):
             self._erase_dead(old)
@@ -251,6 +259,23 @@ class Edit:
 
     # --- helpers -------------------------------------------------------------------------------
 
+    def _judge(self, node: fx.Node) -> None:
+        """Note whether a call is an expression of parameters alone."""
+        if node.op != "call_function":
+            return
+        if node.all_input_nodes and self._weights.issuperset(node.all_input_nodes):
+            self._weights.add(node)
+        else:
+            self._weights.discard(node)
+
+    def _first_call(self) -> fx.Node:
+        """The first node behind the placeholders."""
+        if self._start._erased:
+            self._start = next(n for n in self.graph.nodes if n.op != "placeholder")
+        while self._start.prev.op not in ("placeholder", "root"):
+            self._start = self._start.prev
+        return self._start
+
     def _tag(self, node: fx.Node, scope: str, op: str, origin: tuple[str, ...]) -> None:
         node_tag(node, scope, op, self._counters, self._by, origin)
 
@@ -283,13 +308,16 @@ def node_tag(
     Tag(f"{stem}#{number}", scope, by, origin).put(node)
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy whose nodes keep name, meta and order; nested meta values are shared."""
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy whose nodes keep name, meta and order, and the copy of each node.
+
+    Nested meta values are shared.
+    """
     copy = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         mapping[node] = copy.node_copy(node, lambda n: mapping[n])
-    return copy
+    return copy, mapping
 
 
 def fake_call(node: fx.Node, mode: FakeTensorMode | None) -> object:

@@ -37,7 +37,7 @@ class Rewriter:
     """A private copy of the program's graph, rewritten when it is made."""
 
     def __init__(self, program: Program) -> None:
-        self.graph = copy_graph(program.graph)
+        self.graph, _ = copy_graph(program.graph)
         self.tensors = {slot: program.params[name] for slot, name in program.slots.items()}
         """Name of a placeholder → what it holds in the ONNX file."""
         self.nibbles: dict[str, bool] = {}

@@ -44,7 +44,7 @@ def from_exported(
     `names` are the positional parameters of the source's forward.
     """
     exported = functionalize(exported)
-    graph = copy_graph(exported.graph)
+    graph, _ = copy_graph(exported.graph)
     # fx gives a copied node another name where the old one is a Python builtin, such as `input`.
     copies = {old.name: new for old, new in zip(exported.graph.nodes, graph.nodes, strict=True)}
     for node in list(graph.nodes):

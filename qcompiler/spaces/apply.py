@@ -54,13 +54,13 @@ def spread(
 
     Returns the multiplied nodes, each with what it was before.
     """
-    edges = {n.name: n for n in edit.graph.nodes}
+    edges: dict[fx.Node, fx.Node] = {}
     before: dict[fx.Node, fx.Node] = {}
     for number, member in enumerate(members):
-        node = edges[member.node.name]
+        node = edges.get(member.node) or edit.own(member.node)
         factor = _laid_out(edit, source, member, f"{node_id(source)}.index{number}", 1.0)
         scaled = _scaled(edit, node, factor, power * member.exponent)
-        edges[member.node.name] = scaled
+        edges[member.node] = scaled
         before[scaled] = before.get(node, node)
     return before
 
@@ -127,9 +127,9 @@ def apply_shift(edit: Edit, space: Space, shift: Tensor, name: str) -> None:
         raise BadInput(f"shifts of space {space.id} must be finite")
     source = edit.new_param(name, shift.to(torch.float32), like=space.home)
     edit.free(source, "shift")
-    nodes = {n.name: n for n in edit.graph.nodes}
+    nodes: dict[fx.Node, fx.Node] = {}
     for number, member in enumerate(space.params):
-        node = nodes[member.node.name]
+        node = nodes.get(member.node) or edit.own(member.node)
         vector = _laid_out(edit, source, member, f"{name}.index{number}", 0.0)
         if abs(member.exponent) != 1:
             vector = edit.call(aten.mul.Tensor, vector, abs(member.exponent), like=node)
@@ -137,7 +137,7 @@ def apply_shift(edit: Edit, space: Space, shift: Tensor, name: str) -> None:
             users = list(node.users)
             moved = _as(edit, _plus(edit, node, vector, member.exponent), node.meta["val"].dtype)
             edit.replace(node, moved, only=users)
-            nodes[member.node.name] = moved
+            nodes[member.node] = moved
         else:
             _into_bias(edit, node, vector, member)
 
@@ -200,12 +200,12 @@ def apply_map(edit: Edit, space: Space, made: Map, places: Sequence[fx.Node] = (
         )
     if made.kind not in wanted.get(space.kind, ("orthogonal", "invertible")):
         raise BadInput(f"space {space.id} takes no {made.kind} map; it is {space.kind}")
-    nodes = {n.name: n for n in edit.graph.nodes}
+    nodes: dict[fx.Node, fx.Node] = {}
     for member in space.params:
-        node = nodes[member.node.name]
-        nodes[member.node.name] = _mixed(edit, node, made, member, space.size)
+        node = nodes.get(member.node) or edit.own(member.node)
+        nodes[member.node] = _mixed(edit, node, made, member, space.size)
     for place in places:
-        node = nodes[place.name]
+        node = edit.own(place)
         member = next(m for m in space.activations if m.node is place)
         users = list(node.users)
         mapped = made.forward(node) if member.exponent > 0 else made.backward(node)
@@ -234,10 +234,9 @@ def map_input(edit: Edit, sites: Sequence[Site], made: Map) -> None:
     """Map the common input of some linears at run time, and undo it in their weights."""
     x = sites[0].x
     assert x is not None
-    nodes = {n.name: n for n in edit.graph.nodes}
-    mapped = made.forward(nodes[x.name])
+    mapped = made.forward(edit.own(x))
     for site in sites:
-        node = nodes[site.node.name]
+        node = edit.own(site.node)
         weight = node.args[site.kind.weight]
         assert isinstance(weight, fx.Node)
         undone = made.backward(_as(edit, weight, torch.float64))

@@ -15,6 +15,7 @@ parallel to it in every equation: these are its dependencies.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import ClassVar
 
@@ -59,7 +60,7 @@ def _space(
     # Factors of the scale: the atom itself, and those that it may depend on.
     factors = [*system.dependencies(members), root.atom]
     known = [(leaf, c) for leaf, c in real if fixed_axes(leaf)]
-    turn = orientation(axes.program.graph, [m for m in known if m[0].value.node in active])
+    turn = orientation([m for m in known if m[0].value.node in active])
     listed = [
         Member(leaf.value.node, c * turn, flat_index(leaf, factors), leaf.axis) for leaf, c in known
     ]
@@ -74,17 +75,20 @@ def _space(
 
 def _largest(spaces: list[Space]) -> list[Space]:
     """Leave out a space that another contains: a scale per head, beside one per channel."""
-    kept = []
-    for space in spaces:
-        mine = {(m.node, m.exponent) for m in space.params}
-        contained = any(
-            other is not space
-            and other.size > space.size
-            and not other.blocked_by
-            and mine <= {(m.node, m.exponent) for m in other.params}
-            and other.size % space.size == 0
-            for other in spaces
+    members = [{(m.node, m.exponent) for m in space.params} for space in spaces]
+    having: dict[tuple[fx.Node, int], list[int]] = defaultdict(list)
+    for number, space in enumerate(spaces):
+        for member in members[number] if not space.blocked_by else ():
+            having[member].append(number)
+
+    def contained(number: int) -> bool:
+        size = spaces[number].size
+        return any(
+            spaces[other].size > size
+            and spaces[other].size % size == 0
+            and members[number] <= members[other]
+            for other in having[next(iter(members[number]))]
         )
-        if not contained or space.blocked_by:
-            kept.append(space)
+
+    kept = [s for i, s in enumerate(spaces) if s.blocked_by or not contained(i)]
     return [replace(s, id=i) for i, s in enumerate(kept)]

@@ -122,7 +122,7 @@ def matrix_spaces(axes: Axes, kind: str) -> list[Space]:
             found += [space] if space is not None else []
         if not params or not isinstance(size, int) or not known:
             continue
-        turn = orientation(program.graph, active)
+        turn = orientation(active)
         depends = _dependencies(system, members, params) if kind in DEPENDENT else []
         outside = tuple(
             Member(

@@ -318,8 +318,7 @@ def row_of(leaf: Leaf, atom: Atom) -> tuple[np.ndarray, int]:
     raise AssertionError("a dependency stands beside its leaf in every value")
 
 
-def orientation(graph: fx.Graph, activations: list[tuple[Leaf, int]]) -> int:
+def orientation(activations: list[tuple[Leaf, int]]) -> int:
     """The sign that makes the last activation (what the consumers read) positive."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    last = max(activations, key=lambda m: order[m[0].value.node], default=None)
+    last = max(activations, key=lambda m: m[0].value.node, default=None)
     return -1 if last is not None and last[1] < 0 else 1

@@ -79,7 +79,10 @@ def fresh(n: int | torch.SymInt) -> Atom:
 def resolve(term: Term) -> Term:
     """Normal form: links followed, products and sums flat, leading sums outside, no ones."""
     if isinstance(term, Atom):
-        return term if term.link is None else resolve(term.link)
+        if term.link is None:
+            return term
+        term.link = resolve(term.link)  # the next walk is one step: residual streams are long
+        return term.link
     parts = [resolve(p) for p in term.parts]
     if isinstance(term, Sum):
         flat = [q for p in parts for q in (p.parts if isinstance(p, Sum) else (p,))]
