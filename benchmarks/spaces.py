@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/spaces.py [--layers 2,8,32,128] [--json]
 
-A Llama of hidden 128: the analysis reads axes, so that it costs the same at any width; folding reads
-the weights too. `per 1,000 nodes` is at the largest depth, `growth` the exponent p in seconds ∝
-layers^p between the last two depths: 1 is linear. The pipeline's checks are left out here, which
-`compile.py` counts.
+A Llama of hidden 128: the analysis reads axes, so that it costs the same at any width; folding
+reads the weights too. `per 1,000 nodes` is at the largest depth, `growth` the exponent p in
+seconds ∝ layers^p between the last two depths: 1 is linear. The pipeline's checks, which
+`compile.py` counts, are left out here.
 """
 
 from __future__ import annotations

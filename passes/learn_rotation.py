@@ -34,8 +34,11 @@ class LearnRotation(Pass):
     destroys: ClassVar[tuple[str, ...]] = ("splits",)
 
     steps: int = 100
-    rate: float = 1.5
-    """Step of the rotations; it falls to zero by a cosine."""
+    """Batches to train on; they go round."""
+    rate: float = 0.5
+    """By how many radians a step turns a rotation at first; it falls to zero by a cosine."""
+    draws: int = 8
+    """Random rotations, of which the best is where training starts."""
     loss: Literal["kl_top", "mse"] = "kl_top"
 
     def run(self, edit: Edit, facts: Facts) -> None:
@@ -49,14 +52,15 @@ class LearnRotation(Pass):
                 "learn_rotation: no map is left to train; put `rotate` (or `smooth`) before it and "
                 "`fold` behind it"
             )
-        if self.steps < 1 or not self.rate > 0:
-            raise BadInput("learn_rotation: steps and rate are positive")
+        if self.steps < 0 or self.draws < 1 or not self.rate > 0:
+            raise BadInput("learn_rotation: steps are 0 or more, draws 1 or more, rate is positive")
         learned = learn(
             program,
             facts.batches,
             OBJECTIVES[self.loss],
             steps=self.steps,
             rate=self.rate,
+            draws=self.draws,
             tick=facts.tick,
         )
         change = f"{self.loss} {learned.before:.4g} → {learned.after:.4g} in {self.steps} steps"

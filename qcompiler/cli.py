@@ -39,6 +39,7 @@ from qcompiler.show.terminal import (
     space_rows,
     steps_table,
 )
+from qcompiler.spaces import KINDS
 from qcompiler.spaces import find as find_spaces
 from qcompiler.store import MANIFEST, Saved, read
 
@@ -135,9 +136,7 @@ def _print_summary(compiled: Compiled, output: Path) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--spaces", is_flag=True, help="What may be changed with what, and what forbids it.")
-@click.option(
-    "--kind", help="Kind of map: diagonal, orthogonal, invertible or centring; implies --spaces."
-)
+@click.option("--kind", help=f"Kind of map: {', '.join(KINDS)}; implies --spaces.")
 @as_json
 def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
     """Show the program in MODEL, or in a compiled folder."""

@@ -26,6 +26,10 @@ from qcompiler.samples import Flat
 from qcompiler.sites import Site, sites
 
 qc = torch.ops.qc
+MEAN, SQUARE = 0.9, 0.99
+"""Decay of the first and second moments."""
+ELEMENTS = 0.01
+"""Step of scales and of elements of matrices, in units of that of rotations."""
 
 
 @dataclass(frozen=True)
@@ -71,41 +75,47 @@ def learn(
     steps: int,
     rate: float,
     tick: Tick,
+    draws: int = 1,
     only: Collection[str] | None = None,
 ) -> Learned:
     """Train the free maps of `program` (or `only` some) for `steps` batches.
 
-    What it returns is never worse than what it began with.
-
-    `rate` is the step of rotations, in the units of SpinQuant's (1.5 there); scales and matrices
-    take hundredths of it.
+    An eighth of the batches is held out to judge by, and what comes back is never worse there than
+    the start. `rate` is by how many radians a step turns a rotation at first; it falls to zero by a
+    cosine. With `draws` above 1, training starts from the best of so many random rotations.
     """
     if not batches:
         raise BadInput("training needs at least one batch of inputs")
-    held, *feed = batches if len(batches) > 1 else (*batches, *batches)
+    aside = -(-len(batches) // 8)
+    held, feed = batches[:aside], batches[aside:] or batches
     student = simulate(program)
     maps = [
         _TRAINERS[kind](name, program.params[name])
         for name, kind in student.maps.items()
         if only is None or name in only
     ]
-    wanted = [program.flat(x) for x in (held, *feed)]
 
-    def loss(inputs: Flat, target: tuple[object, ...]) -> Tensor:
+    def loss(inputs: Flat) -> Tensor:
         values = {m.name: m.value() for m in maps}
         params = [values.get(n, student.params[n]) for n in student.slots.values()]
-        return objective(target, tuple(student.function(*params, *inputs)))
+        return objective(program.flat(inputs), tuple(student.function(*params, *inputs)))
 
     def judge() -> float:
         with torch.no_grad():
-            return float(loss(held, wanted[0]))
+            return sum(float(loss(inputs)) for inputs in held) / len(held)
 
-    best = first = judge()
-    kept = {m.name: m.value().detach().clone() for m in maps}
+    best = _Best(maps)
+    first = best.look(judge())
+    generator = torch.Generator().manual_seed(0)
+    for draw in range(1, draws):
+        for trained in maps:
+            trained.draw(generator)
+        best.look(judge())
+        tick(draw, draws + steps)
+    best.restore()
     every = max(steps // 10, 1)
     for step in range(steps):
-        number = step % len(feed)
-        value = loss(feed[number], wanted[1 + number])
+        value = loss(feed[step % len(feed)])
         if not bool(value.isfinite()):
             break  # what was best so far is kept
         grads = torch.autograd.grad(value, [m.leaf for m in maps])
@@ -114,20 +124,41 @@ def learn(
             for trained, grad in zip(maps, grads, strict=True):
                 trained.step(grad, share)
         if (step + 1) % every == 0 or step + 1 == steps:
-            now = judge()
-            if now < best:
-                best, kept = now, {m.name: m.value().detach().clone() for m in maps}
-        tick(step + 1, steps)
-    return Learned(kept, first, best)
+            best.look(judge())
+        tick(draws + step + 1, draws + steps)
+    best.restore()
+    return Learned({m.name: m.value().detach().clone() for m in maps}, first, best.loss)
+
+
+class _Best:
+    """The maps as they were when the loss was smallest."""
+
+    def __init__(self, maps: Sequence[_Trainer]) -> None:
+        self._maps = maps
+        self._kept: list[Tensor] = []
+        self.loss = math.inf
+
+    def look(self, loss: float) -> float:
+        """Keep the maps as they are now, if `loss` is the smallest so far."""
+        if loss < self.loss or not self._kept:
+            self.loss = loss
+            self._kept = [m.leaf.detach().clone() for m in self._maps]
+        return loss
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for trained, value in zip(self._maps, self._kept, strict=True):
+                trained.leaf.copy_(value)
 
 
 class _Trainer:
-    """One map, and how it moves."""
+    """One map, and how it moves: by Adam (Kingma and Ba 2015) on what it is made of."""
 
     def __init__(self, name: str, value: Tensor) -> None:
         self.name = name
         self.leaf = self.start(value).requires_grad_()
-        self._moments: tuple[Tensor, Tensor] | None = None
+        self._mean = torch.zeros_like(self.leaf)
+        self._square = torch.zeros_like(self.leaf)
         self._steps = 0
 
     def start(self, value: Tensor) -> Tensor:
@@ -138,15 +169,17 @@ class _Trainer:
         """The parameter, from what is trained."""
         return self.leaf
 
+    def draw(self, generator: torch.Generator) -> None:
+        """Start from another random map, if that makes sense."""
+
     def step(self, grad: Tensor, rate: float) -> None:
-        """Adam (Kingma and Ba 2015) with a hundredth of the rate of rotations."""
+        """Move `leaf` against its gradient."""
         self._steps += 1
-        mean, square = self._moments or (torch.zeros_like(grad), torch.zeros_like(grad))
-        mean, square = mean.lerp(grad, 0.1), square.lerp(grad * grad, 0.001)
-        self._moments = mean, square
-        mean_hat = mean / (1 - 0.9**self._steps)
-        square_hat = square / (1 - 0.999**self._steps)
-        self.leaf -= 0.01 * rate * mean_hat / (square_hat.sqrt() + 1e-12)
+        self._mean = self._mean.lerp(grad, 1 - MEAN)
+        self._square = self._square.lerp(grad * grad, 1 - SQUARE)
+        mean = self._mean / (1 - MEAN**self._steps)
+        square = self._square / (1 - SQUARE**self._steps)
+        self.leaf -= ELEMENTS * rate * mean / (square.sqrt() + 1e-12)
 
 
 class _Scale(_Trainer):
@@ -160,28 +193,37 @@ class _Scale(_Trainer):
 
 
 class _Rotation(_Trainer):
-    """Cayley SGD on the Stiefel manifold (Li, Fuxin and Todorovic 2020), as SpinQuant does it."""
+    """Cayley Adam on the rotations (Li, Fuxin and Todorovic 2020, algorithm 2).
+
+    One second moment for the whole matrix, so that a step turns it by `rate` radians in all,
+    whatever the loss is measured in.
+    """
+
+    def draw(self, generator: torch.Generator) -> None:
+        """R diag(±1): of a random Hadamard matrix, another one."""
+        signs = torch.randint(0, 2, self.leaf.shape[-1:], generator=generator) * 2 - 1
+        with torch.no_grad():
+            self.leaf *= signs
 
     def step(self, grad: Tensor, rate: float) -> None:
+        self._steps += 1
         x = self.leaf
-        a = -grad.transpose(-2, -1) @ x
-        half = a - 0.5 * x.transpose(-2, -1) @ (x @ a)
-        skew = half - half.transpose(-2, -1)
-        # The step that keeps the fixed point below a contraction.
-        norm = skew.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)
-        length = torch.minimum(torch.full_like(norm, rate), 1 / (norm + 1e-8))
+        self._mean = self._mean.lerp(grad, 1 - MEAN)
+        size = grad.pow(2).sum((-2, -1), keepdim=True)
+        self._square = torch.lerp(self._square[..., :1, :1], size, 1 - SQUARE)
+        length = (self._square / (1 - SQUARE**self._steps)).sqrt() + 1e-12
+        # The part of the gradient along the manifold is (W x) with a skew-symmetric W.
+        turn = self._mean @ x.mT
+        skew = (turn - turn.mT) / (2 * length * (1 - MEAN**self._steps))
+        half = -0.5 * rate * skew
         identity = torch.eye(x.shape[-1], dtype=x.dtype)
-        turned = torch.linalg.solve(
-            identity - 0.5 * length * skew, (identity + 0.5 * length * skew) @ x.transpose(-2, -1)
-        )
-        x.copy_(_orthogonal(turned.transpose(-2, -1)))
+        x.copy_(_orthogonal(torch.linalg.solve(identity - half, (identity + half) @ x)))
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
     """The nearest rotation: one Newton step takes roundings off."""
-    gram = matrix @ matrix.transpose(-2, -1)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-    return (1.5 * identity - 0.5 * gram) @ matrix
+    return (1.5 * identity - 0.5 * matrix @ matrix.mT) @ matrix
 
 
 _TRAINERS: Mapping[str, type[_Trainer]] = {

@@ -121,6 +121,7 @@ def space_rows(found: list[Space]) -> list[dict[str, object]]:
             "producers": _ids(s.producers),
             "consumers": _ids(s.consumers),
             "blocked_by": [{"node": b.node, "reason": b.reason} for b in s.blocked_by],
+            "maps": list(s.maps),
         }
         for s in found
     ]
