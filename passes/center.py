@@ -46,14 +46,11 @@ class Center(Pass):
                 continue
             names = ", ".join(dict.fromkeys(m.name for m in space.params))
             edit.spend(f"{names} are centred, so it is an RMSNorm", *norms)
-            edges: dict[fx.Node, fx.Node] = {}
             for member in space.params:
-                node = edges.get(member.node) or edit.own(member.node)
-                users = list(node.users)
+                node = edit.own(member.node)
                 mean = edit.call(aten.mean.dim, node, [member.axis], True, like=node)
                 centred = edit.call(aten.sub.Tensor, node, mean, like=node)
-                edit.replace(node, centred, only=users)
-                edges[member.node] = centred
+                edit.extend(node, centred)
             for norm in norms:
                 _to_rms(edit, norm)
 

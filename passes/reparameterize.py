@@ -47,7 +47,8 @@ class Reparameterize(Pass):
         shifted = {site.id: group for group in shifts.groups for site in group.sites}
         for site, why in (*scales.refusals, *shifts.refusals):
             edit.skip(site, why)
-        taken = []
+        # All scales first: a shift gives layers biases that no space knows of yet.
+        shifting = []
         for number, group in enumerate(scales.groups):
             partner = _partner(group, shifted)
             if partner is None:
@@ -56,13 +57,13 @@ class Reparameterize(Pass):
             high, low = (of_inputs(facts, group, what) for what in ("maximum", "minimum"))
             width = (high - low).clamp(min=FLOOR * float((high - low).mean()) or 1.0)
             ratio = width / width.mean()
-            middle = (high + low) / 2
-            # (x + σ) / r has the middle 0 in every channel; σ / r is added behind the scale.
-            taken.append(group.space)
-            edit.spend(f"inputs of {group.names} get one range for all channels")
+            edit.spend(f"inputs of {group.names} get the same width in all channels")
             apply_scale(edit, group.space, 1 / ratio, f"reparameterize.{number}.scale")
-            apply_shift(edit, partner.space, -middle / ratio, f"reparameterize.{number}.shift")
-        demand(self.name, self.demand, taken, scales.blocked)
+            shifting.append((group, partner, -(high + low) / 2 / ratio))
+        for number, (group, partner, shift) in enumerate(shifting):
+            edit.spend(f"inputs of {group.names} get the same middle in all channels")
+            apply_shift(edit, partner.space, shift, f"reparameterize.{number}.shift")
+        demand(self.name, self.demand, [group.space for group, *_ in shifting], scales.blocked)
 
 
 def _partner(group: Group, shifted: dict[str, Group]) -> Group | None:

@@ -20,6 +20,7 @@ from torch.fx.node import Argument
 from qcompiler.errors import PassError
 from qcompiler.formats import Scheme
 from qcompiler.history import Reason
+from qcompiler.layout import in_place, layouts
 from qcompiler.program import Program, Tag, node_id, op_name
 
 Target = Callable[..., object]
@@ -52,6 +53,7 @@ class Edit:
         self._counters = dict(program.counters)
         self._maps = dict(program.maps)
         self._edits: list[_Open] = []
+        self._extended: dict[fx.Node, fx.Node] = {}
         self._weights = {n for n in self.graph.nodes if n.name in self._slots}
         for node in self.graph.nodes:
             self._judge(node)
@@ -59,6 +61,7 @@ class Edit:
             n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self._slots
         ]
         self._start: fx.Node = next(n for n in self.graph.nodes if n.op != "placeholder")
+        self._layouts = layouts(n for n in self.graph.nodes if n in self._weights)
         self._mode = detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
         self._skipped: list[Reason] = []
         self._notes: list[str] = []
@@ -83,8 +86,14 @@ class Edit:
         return node in self._weights
 
     def own(self, node: fx.Node) -> fx.Node:
-        """The node of this edit that `node` of the program was copied to."""
-        return self._own[node]
+        """The node of this edit that `node` of the program was copied to.
+
+        For a weight, where its edge ends by now (see `extend`).
+        """
+        node = self._own[node]
+        while node in self._extended:
+            node = self._extended[node]
+        return node
 
     def param_of(self, node: object) -> str | None:
         """Name of the parameter that `node` is, or None."""
@@ -161,6 +170,33 @@ class Edit:
             user.replace_input_with(old, new)
             self._judge(user)
         self._erase_dead(old)
+
+    def extend(self, weight: fx.Node, end: fx.Node) -> None:
+        """Let the layers that read `weight` read the expression `end` of it instead.
+
+        What computes another weight from it (a bias, say) goes on reading what it did, also through
+        a layout that layers read too.
+        """
+        readers = self._in_place(weight)
+        self._keep_layouts(weight, weight)
+        self._extended[weight] = end
+        self.replace(weight, end, only=readers)
+
+    def _in_place(self, node: fx.Node) -> list[fx.Node]:
+        return in_place(node, self._weights, self._layouts)
+
+    def _keep_layouts(self, node: fx.Node, same: fx.Node) -> None:
+        """Copy the layouts of `node` onto `same` for whoever reads them and is no layer."""
+        for layout in self._in_place(node):
+            if layout not in self._weights:
+                continue
+            args, kwargs = fx.node.map_arg(
+                (layout.args, layout.kwargs), lambda n: same if n is node else n
+            )
+            copy = self.call(layout.target, *args, like=layout, **kwargs)  # type: ignore[arg-type]
+            self._keep_layouts(layout, copy)
+            others = set(layout.users) - set(self._in_place(layout)) - {copy}
+            self.replace(layout, copy, only=others)
 
     def new_param(self, name: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
         """Add a parameter; `name` gets a number if it is taken. Returns its placeholder."""

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    "errors version hadamard",
+    "errors version hadamard layout",
     "formats ops",
     "io history program match",
     "diff edit run samples sites",

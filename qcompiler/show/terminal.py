@@ -95,11 +95,14 @@ def print_program(console: Console, program: Program) -> None:
 
 def print_spaces(console: Console, found: list[Space]) -> None:
     """What may be changed with what, and who forbids it elsewhere, in words."""
-    for space, row in zip(found, space_rows(found), strict=True):
-        written, read = (", ".join(_ids(m)) or "nobody" for m in (space.producers, space.consumers))
+    for space in found:
+        each = f", one for each of {' × '.join(map(str, space.maps))}" if space.maps else ""
+        sides = [", ".join(_ids(m)) or "nobody" for m in (space.producers, space.consumers)]
+        if not space.params:  # queries and keys
+            sides = [", ".join(_ids(space.activations)), "no weight"]
         console.print(
-            f"space {row['id']} ({row['kind']}, {space.size} channels): written by {written}; "
-            f"read by {read}",
+            f"space {space.id} ({space.kind}, {space.size} channels{each}): written by "
+            f"{sides[0]}; read by {sides[1]}",
             highlight=False,
             markup=False,
         )

@@ -54,13 +54,11 @@ def spread(
 
     Returns the multiplied nodes, each with what it was before.
     """
-    edges: dict[fx.Node, fx.Node] = {}
     before: dict[fx.Node, fx.Node] = {}
     for number, member in enumerate(members):
-        node = edges.get(member.node) or edit.own(member.node)
+        node = edit.own(member.node)
         factor = _laid_out(edit, source, member, f"{node_id(source)}.index{number}", 1.0)
         scaled = _scaled(edit, node, factor, power * member.exponent)
-        edges[member.node] = scaled
         before[scaled] = before.get(node, node)
     return before
 
@@ -84,13 +82,12 @@ def _laid_out(edit: Edit, source: fx.Node, member: Member, name: str, neutral: f
 
 
 def _scaled(edit: Edit, node: fx.Node, factor: fx.Node, exponent: int) -> fx.Node:
-    users = list(node.users)
     target = aten.mul.Tensor if exponent > 0 else aten.div.Tensor
     scaled = node
     for _ in range(abs(exponent)):
         scaled = edit.call(target, scaled, factor, like=node)
     scaled = _as(edit, scaled, node.meta["val"].dtype)
-    edit.replace(node, scaled, only=users)
+    edit.extend(node, scaled)
     return scaled
 
 
@@ -127,17 +124,14 @@ def apply_shift(edit: Edit, space: Space, shift: Tensor, name: str) -> None:
         raise BadInput(f"shifts of space {space.id} must be finite")
     source = edit.new_param(name, shift.to(torch.float32), like=space.home)
     edit.free(source, "shift")
-    nodes: dict[fx.Node, fx.Node] = {}
     for number, member in enumerate(space.params):
-        node = nodes.get(member.node) or edit.own(member.node)
+        node = edit.own(member.node)
         vector = _laid_out(edit, source, member, f"{name}.index{number}", 0.0)
         if abs(member.exponent) != 1:
             vector = edit.call(aten.mul.Tensor, vector, abs(member.exponent), like=node)
         if edit.is_weight(node):
-            users = list(node.users)
             moved = _as(edit, _plus(edit, node, vector, member.exponent), node.meta["val"].dtype)
-            edit.replace(node, moved, only=users)
-            nodes[member.node] = moved
+            edit.extend(node, moved)
         else:
             _into_bias(edit, node, vector, member)
 
@@ -200,10 +194,8 @@ def apply_map(edit: Edit, space: Space, made: Map, places: Sequence[fx.Node] = (
         )
     if made.kind not in wanted.get(space.kind, ("orthogonal", "invertible")):
         raise BadInput(f"space {space.id} takes no {made.kind} map; it is {space.kind}")
-    nodes: dict[fx.Node, fx.Node] = {}
     for member in space.params:
-        node = nodes.get(member.node) or edit.own(member.node)
-        nodes[member.node] = _mixed(edit, node, made, member, space.size)
+        _mixed(edit, edit.own(member.node), made, member, space.size)
     for place in places:
         node = edit.own(place)
         member = next(m for m in space.activations if m.node is place)
@@ -245,9 +237,8 @@ def map_input(edit: Edit, sites: Sequence[Site], made: Map) -> None:
         edit.rewire(node, site.kind.x, mapped)
 
 
-def _mixed(edit: Edit, node: fx.Node, made: Map, member: Member, size: int) -> fx.Node:
-    """`node` with the channels along the member's axis mapped."""
-    users = list(node.users)
+def _mixed(edit: Edit, node: fx.Node, made: Map, member: Member, size: int) -> None:
+    """Map the channels along the member's axis of a weight."""
     dtype, rank = node.meta["val"].dtype, node.meta["val"].ndim
     # Bring the axis to the end, behind the whole axes that the map depends on.
     own, others = _dependencies(member, made)
@@ -282,9 +273,7 @@ def _mixed(edit: Edit, node: fx.Node, made: Map, member: Member, size: int) -> f
         back = edit.new_param(f"{node_id(node)}.order", torch.argsort(order), like=node)
         mixed = edit.call(aten.index_select.default, mixed, last, back, like=node)
     mixed = _permuted(edit, mixed, [moved.index(i) for i in range(rank)])
-    mixed = _as(edit, mixed, dtype)
-    edit.replace(node, mixed, only=users)
-    return mixed
+    edit.extend(node, _as(edit, mixed, dtype))
 
 
 def reordered(member: Member, order: Tensor) -> Tensor:

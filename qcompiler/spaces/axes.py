@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor, fx
 
+from qcompiler.layout import layouts
 from qcompiler.program import Program, is_tensor, node_id, shape_of
 from qcompiler.spaces.terms import Atom, Conflict, Prod, Term, fresh, size, unify
 from qcompiler.spaces.terms import part as restrict
@@ -137,6 +139,16 @@ class Axes:
     """Operators without a rule, and how often they occur."""
     edges: set[fx.Node] = field(default_factory=set)
     """Where a weight comes from: parameters, and the last arithmetic on a weight's edge."""
+
+    @cached_property
+    def weights(self) -> frozenset[fx.Node]:
+        """Parameters and what is computed from them alone."""
+        return frozenset(self.program.graph.nodes) - self.program.activations
+
+    @cached_property
+    def layouts(self) -> set[fx.Node]:
+        """Weights that only lay a parameter out."""
+        return layouts(n for n in self.program.graph.nodes if n in self.weights)
 
     # --- values --------------------------------------------------------------------------------
 

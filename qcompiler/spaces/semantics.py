@@ -40,19 +40,6 @@ HOMOGENEOUS: set[object] = {
     aten.leaky_relu.default,
     aten.abs.default,
 }
-PASS: set[object] = {
-    aten.neg.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.dropout.default,
-}
 
 BREAK: set[object] = {
     aten.silu.default,
@@ -94,18 +81,4 @@ POOLS = MAX_POOLS | {
     aten.avg_pool1d.default,
     aten.adaptive_avg_pool1d.default,
 }
-RESHAPES = {
-    aten.reshape.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.default,
-    aten.squeeze.dims,
-    aten.unflatten.int,
-}
-PERMUTATIONS = {aten.transpose.int, aten.permute.default, aten.t.default}
 NORMS = {aten.rms_norm.default, aten.layer_norm.default}
-LAYOUT = PASS | RESHAPES | PERMUTATIONS | {aten.slice.Tensor, aten.cat.default, aten.select.int}
-"""Operators that only lay a weight out: its channels are still its own."""

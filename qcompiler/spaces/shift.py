@@ -105,22 +105,31 @@ def _space(axes: Axes, system: _Shifts, id: int, root: Leaf, members: list[Term]
     if not (taken or sites) or not isinstance(root.atom.size, int):
         return None
     factors = [*_beside(system, members, sites), root.atom]
+    turn = _orientation(system, sites)
     params = [
-        Member(node, c if produces else -c, flat_index(leaf, factors), leaf.axis, (), produces)
+        Member(
+            node, turn * (c if produces else -c), flat_index(leaf, factors), leaf.axis, (), produces
+        )
         for leaf, c in sites
         for node, produces in system.sites[leaf]
     ]
     params += [
-        Member(leaf.value.node, c, flat_index(leaf, factors), leaf.axis) for leaf, c in taken
+        Member(leaf.value.node, turn * c, flat_index(leaf, factors), leaf.axis) for leaf, c in taken
     ]
     activations = [
-        Member(leaf.value.node, c, flat_index(leaf, factors), leaf.axis)
+        Member(leaf.value.node, turn * c, flat_index(leaf, factors), leaf.axis)
         for leaf, c in real
         if leaf.value.node in axes.program.activations
     ]
     blockers = tuple(system.marks.get(root, {}))
     size = size_of(factors)
     return Space(id, size, tuple(params), tuple(activations), blockers, "shift")
+
+
+def _orientation(system: _Shifts, sites: list[Term]) -> int:
+    """The sign that makes what the first layer reads positive: a residual sum turns it around."""
+    read = (c for leaf, c in sites if any(not makes for _, makes in system.sites[leaf]))
+    return -1 if next(read, 1) < 0 else 1
 
 
 def _beside(system: _Shifts, members: list[Term], sites: list[Term]) -> list[Atom]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import zoo
@@ -12,6 +14,8 @@ from qcompiler.check import relative_error
 from qcompiler.formats import QFormat
 from qcompiler.rounding import nearest
 from qcompiler.samples import random_inputs
+
+Captured = Callable[..., tuple[torch.nn.Module, object, qcompiler.Program]]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from qcompiler.samples import random_inputs
 from qcompiler.spaces import Space, find
 from qcompiler.spaces.verify import MAPS, changed
 
+Captured = Callable[..., tuple[torch.nn.Module, object, Program]]
 plans = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4)
 
 
@@ -104,3 +106,18 @@ def test_an_operator_without_a_rule_stops_everything_by_name() -> None:
     for kind in MAPS:
         reasons = {b.reason for s in find(program, kind) for b in s.blocked_by}
         assert "no rule for operator cumsum" in reasons, kind
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "cnn"])
+def test_maps_compose(name: str, captured: Captured) -> None:
+    """Every space of every kind in turn, each found on what the ones before have left."""
+    program = run_pipeline(captured(name)[2], make_passes("canonicalize"))
+    inputs = random_inputs(program.io, 0)
+    wanted, count = evaluate_wide(program, inputs), 0
+    for kind in ("orthogonal", "shift", "diagonal", "permutation", "invertible", "diagonal"):
+        for number in range(len(find(program, kind))):
+            space = find(program, kind)[number]
+            if not space.blocked_by and len(space.params) > 1:
+                program, count = changed(program, space, count), count + 1
+    assert count >= 12
+    assert relative_error(wanted, evaluate_wide(program, inputs)) <= 1e-9

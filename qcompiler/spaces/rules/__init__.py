@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import fx
 
+from qcompiler import layout as laid
+from qcompiler.layout import in_place
 from qcompiler.program import Program, is_tensor, op_name, shape_of
 from qcompiler.spaces import semantics as op
 from qcompiler.spaces.axes import (
@@ -35,14 +37,12 @@ def walk(program: Program) -> Axes:
             for value in filter(None, map(axes.of, node.all_input_nodes)):
                 axes.mark(node, value, "it is an output of the program")
         elif node.op == "placeholder":
-            if is_tensor(node) and node.meta["val"].is_floating_point():
-                value = axes.new(node)
-                if program.param_of(node) is not None:
-                    axes.edges.add(node)
-                else:
-                    axes.mark(node, value, "it is an input of the program")
-        elif node not in program.activations and node.target not in op.LAYOUT:
-            _weight_expression(axes, node)
+            if program.param_of(node) is not None:
+                _weight(axes, node)
+            elif is_tensor(node) and node.meta["val"].is_floating_point():
+                axes.mark(node, axes.new(node), "it is an input of the program")
+        elif node in axes.weights and node not in axes.layouts:
+            _weight(axes, node)
         elif is_tensor(node) and node.meta["val"].is_floating_point():
             before = len(axes.statements)
             _rule(axes, node)
@@ -58,7 +58,7 @@ def _rule(axes: Axes, node: fx.Node) -> None:
         _products(axes, node, op.PRODUCTS[target])
     elif target in op.ELEMENTWISE_PRODUCT | op.ELEMENTWISE_QUOTIENT | op.ELEMENTWISE_SUM:
         _binary(axes, node)
-    elif target in op.PASS | op.HOMOGENEOUS:
+    elif target in laid.PASS | op.HOMOGENEOUS:
         _pass(axes, node)
     elif target in op.BREAK:
         _break(axes, node)
@@ -66,9 +66,9 @@ def _rule(axes: Axes, node: fx.Node) -> None:
         _softmax(axes, node)
     elif target in op.NORMS:
         fused.norm(axes, node)
-    elif target in op.RESHAPES:
+    elif target in laid.RESHAPES:
         layout.reshape(axes, node)
-    elif target in op.PERMUTATIONS:
+    elif target in laid.PERMUTATIONS:
         layout.permute(axes, node)
     elif target in op.REDUCTIONS:
         _reduce(axes, node)
@@ -82,14 +82,15 @@ def _rule(axes: Axes, node: fx.Node) -> None:
         unknown(axes, node)
 
 
-def _weight_expression(axes: Axes, node: fx.Node) -> None:
-    """Arithmetic on a weight's edge: a further map goes behind it, whatever it computes."""
+def _weight(axes: Axes, node: fx.Node) -> None:
+    """A parameter, or the end of arithmetic on its edge: a map goes behind it, whatever it is.
+
+    Only where a layer reads it as it is; what another weight is computed from stays what it is.
+    """
     if is_tensor(node) and node.meta["val"].is_floating_point():
         axes.new(node)
-        axes.edges.add(node)
-    for value in filter(None, map(axes.of, node.all_input_nodes)):
-        axes.mark(node, value, "an expression on its edge reads it")
-        axes.edges.discard(value.node)
+        if in_place(node, axes.weights, axes.layouts):
+            axes.edges.add(node)
 
 
 def _speak_for_all(axes: Axes, node: fx.Node, before: int) -> None:
