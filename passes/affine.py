@@ -10,6 +10,7 @@ weights and activations alike. They start as identities and are trained through 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -59,7 +60,7 @@ class Affine(Pass):
         program = facts.program
         if not program.plan:
             raise BadInput("affine trains for the plan's formats; put `assign` before it")
-        if self.steps < 0 or not self.rate > 0:
+        if self.steps < 0 or not 0 < self.rate < math.inf:
             raise BadInput("affine: steps are 0 or more, and the rate is positive")
         found = inputs_of(program, "invertible")
         refused = dict(found.refusals)
@@ -87,7 +88,8 @@ class Affine(Pass):
         )
         change = f"{self.loss} {learned.before:.4g} → {learned.after:.4g}"
         if not learned.after < learned.before:
-            raise BadInput(f"affine: {self.steps} steps gain nothing ({change}); try another rate")
+            edit.note(f"training found nothing better: {change}")
+            return
         words = f"trained with the others, {change}"
         _insert(edit, found.groups, online, words, learned.values)
 

@@ -11,6 +11,7 @@ they are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -52,7 +53,7 @@ class LearnRotation(Pass):
                 "learn_rotation: no map is left to train; put `rotate` (or `smooth`) before it and "
                 "`fold` behind it"
             )
-        if self.steps < 0 or self.draws < 1 or not self.rate > 0:
+        if self.steps < 0 or self.draws < 1 or not 0 < self.rate < math.inf:
             raise BadInput("learn_rotation: steps are 0 or more, draws 1 or more, rate is positive")
         learned = learn(
             program,

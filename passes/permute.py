@@ -51,11 +51,12 @@ class Permute(Pass):
         found = inputs_of(facts.program, "permutation")
         for site, why in found.refusals:
             edit.skip(site, why)
-        taken = []
+        taken, left = [], []
         for number, group in enumerate(found.groups):
             facts.tick(number, len(found.groups))
             if not any(_grouped(facts.program, site) for site in group.sites):
                 why = "its formats have no groups of channels; an order changes nothing"
+                left.append((group.space, why))
                 edit.skip(group.sites[0].id, why)
                 continue
             order = torch.argsort(self._key(facts, group), descending=True)
@@ -63,13 +64,14 @@ class Permute(Pass):
             after = noise_under(facts, group, _reordered(group, order))
             words = f"noise {before:.3g} → {after:.3g}"
             if not after < before:
-                edit.skip(group.sites[0].id, f"another order of its inputs does not pay: {words}")
+                left.append((group.space, f"another order of its inputs does not pay: {words}"))
+                edit.skip(group.sites[0].id, left[-1][1])
                 continue
             taken.append(group.space)
             makers = ", ".join(dict.fromkeys(m.name for m in group.space.params))
             edit.spend(f"inputs of {group.names} in order of {self.by}, in {makers}: {words}")
             apply_map(edit, group.space, Order(edit, group.space.home, order, f"permute.{number}"))
-        demand(self.name, self.demand, taken, found.blocked)
+        demand(self.name, self.demand, taken, found.blocked, left)
 
     def _key(self, facts: Facts, group: Group) -> Tensor:
         """What channels are ordered by, (space.size,)."""

@@ -45,14 +45,15 @@ class Reparameterize(Pass):
     def run(self, edit: Edit, facts: Facts) -> None:
         scales, shifts = (inputs_of(facts.program, kind) for kind in ("diagonal", "shift"))
         shifted = {site.id: group for group in shifts.groups for site in group.sites}
-        for site, why in (*scales.refusals, *shifts.refusals):
+        for site, why in {**dict(shifts.refusals), **dict(scales.refusals)}.items():
             edit.skip(site, why)
         # All scales first: a shift gives layers biases that no space knows of yet.
-        shifting = []
+        shifting, left = [], []
         for number, group in enumerate(scales.groups):
             partner = _partner(group, shifted)
             if partner is None:
-                edit.skip(group.sites[0].id, "its inputs can be scaled, but not shifted alike")
+                left.append((group.space, "its inputs can be scaled, but not shifted alike"))
+                edit.skip(group.sites[0].id, left[-1][1])
                 continue
             high, low = (of_inputs(facts, group, what) for what in ("maximum", "minimum"))
             width = (high - low).clamp(min=FLOOR * float((high - low).mean()) or 1.0)
@@ -63,7 +64,8 @@ class Reparameterize(Pass):
         for number, (group, partner, shift) in enumerate(shifting):
             edit.spend(f"inputs of {group.names} get the same middle in all channels")
             apply_shift(edit, partner.space, shift, f"reparameterize.{number}.shift")
-        demand(self.name, self.demand, [group.space for group, *_ in shifting], scales.blocked)
+        taken = [group.space for group, *_ in shifting]
+        demand(self.name, self.demand, taken, scales.blocked, left)
 
 
 def _partner(group: Group, shifted: dict[str, Group]) -> Group | None:

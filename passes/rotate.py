@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.edit import Edit
+from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
 from qcompiler.hadamard import random_hadamard, random_signs
 from qcompiler.history import Effect
@@ -51,6 +52,8 @@ class Rotate(Pass):
     """Patterns of weights that must be rotated; if one cannot be, nothing is done."""
 
     def run(self, edit: Edit, facts: Facts) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"rotate: a seed is from 0 to 2⁶³ - 1; found {self.seed}")
         generator = torch.Generator().manual_seed(self.seed)
         inputs = _inputs(facts)
         taken, refused = [], []

@@ -46,7 +46,7 @@ class Shift(Pass):
         found = inputs_of(facts.program, "shift")
         for site, why in found.refusals:
             edit.skip(site, why)
-        taken = []
+        taken, left = [], []
         for number, group in enumerate(found.groups):
             facts.tick(number, len(found.groups))
             high, low = (of_inputs(facts, group, what) for what in ("maximum", "minimum"))
@@ -55,10 +55,11 @@ class Shift(Pass):
                 before, after = noise(facts, group), noise(facts, group, shift=shift)
                 words = f" (noise {before:.3g} → {after:.3g})"
                 if not after < before:
-                    edit.skip(group.sites[0].id, f"a shift of its inputs does not pay{words}")
+                    left.append((group.space, f"a shift of its inputs does not pay{words}"))
+                    edit.skip(group.sites[0].id, left[-1][1])
                     continue
             taken.append(group.space)
             makers = ", ".join(m.name for m in group.space.params if m.makes)
             edit.spend(f"inputs of {group.names} are centred by {makers}{words}")
             apply_shift(edit, group.space, shift, f"shift.{number}")
-        demand(self.name, self.demand, taken, found.blocked)
+        demand(self.name, self.demand, taken, found.blocked, left)

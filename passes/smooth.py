@@ -74,21 +74,23 @@ class Smooth(Pass):
         found = inputs_of(facts.program, "diagonal")
         for site, why in found.refusals:
             edit.skip(site, why)
-        taken = []
+        taken, left = [], []
         for number, group in enumerate(found.groups):
             facts.tick(number, len(found.groups))
             if not self.norms and _behind_a_norm(group):
-                edit.skip(group.sites[0].id, "a norm produces its inputs; `norms` is false")
+                left.append((group.space, "a norm produces its inputs; `norms` is false"))
+                edit.skip(group.sites[0].id, left[-1][1])
                 continue
             share, scale, words = self._scale(facts, group)
             if share is None:
-                edit.skip(group.sites[0].id, f"no scale of its inputs costs less than none{words}")
+                left.append((group.space, f"no scale of its inputs pays{words}"))
+                edit.skip(group.sites[0].id, left[-1][1])
                 continue
             taken.append(group.space)
             producers = ", ".join(m.name for m in group.space.producers)
             edit.spend(f"inputs of {group.names} take 1/s from {producers}{words}")
             apply_scale(edit, group.space, 1 / scale, f"smooth.{number}")
-        demand(self.name, self.demand, taken, found.blocked)
+        demand(self.name, self.demand, taken, found.blocked, left)
 
     def _scale(self, facts: Facts, group: Group) -> tuple[float | None, Tensor, str]:
         """(share, s with one factor per free channel, what a search found)."""

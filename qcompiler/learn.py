@@ -118,11 +118,13 @@ def learn(
         value = loss(feed[step % len(feed)])
         if not bool(value.isfinite()):
             break  # what was best so far is kept
-        grads = torch.autograd.grad(value, [m.leaf for m in maps])
+        # A map that the loss does not see has no gradient, and stays what it is.
+        grads = torch.autograd.grad(value, [m.leaf for m in maps], allow_unused=True)
         share = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
             for trained, grad in zip(maps, grads, strict=True):
-                trained.step(grad, share)
+                if grad is not None:
+                    trained.step(grad, share)
         if (step + 1) % every == 0 or step + 1 == steps:
             best.look(judge())
         tick(draws + step + 1, draws + steps)

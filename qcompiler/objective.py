@@ -28,6 +28,8 @@ def kl_top(wanted: tuple[object, ...], found: tuple[object, ...]) -> Tensor:
     The first output holds logits (…, words).
     """
     (teacher, student), *_ = _pairs(wanted, found)
+    if not teacher.ndim:
+        raise BadInput("kl_top needs logits (…, words) as the first output; write loss=mse")
     values, words = teacher.float().topk(min(TOP, teacher.shape[-1]), -1)
     log_p = values.log_softmax(-1)
     log_q = student.float().gather(-1, words).log_softmax(-1)

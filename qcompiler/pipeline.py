@@ -97,7 +97,7 @@ def _run_pass(
     if not full.verdict.error <= limit:
         raise _guilty(step, full, attempt, limit, tell)
     if not full.change and not step.optional:
-        reasons = "; ".join(f"{r.nodes[0]}: {r.why}" for r in full.skipped[:3])
+        reasons = "; ".join([*full.notes, *(f"{r.nodes[0]}: {r.why}" for r in full.skipped[:3])])
         raise PassError(
             f"pass {step.name!r} changed nothing"
             + (f" ({reasons})" if reasons else "")

@@ -243,7 +243,9 @@ class Rewriter:
         return node
 
     def _swap(self, old: fx.Node, function: Callable[..., object], *args: Argument) -> None:
-        old.replace_all_uses_with(self._call(old, function, *args))
+        new = self._call(old, function, *args)
+        new.meta["val"] = old.meta["val"]
+        old.replace_all_uses_with(new)
         self.graph.erase_node(old)
 
     def _clean(self) -> None:

@@ -28,6 +28,12 @@ def demand_free(space: Space) -> None:
         )
 
 
+def demand_kind(space: Space, kind: str) -> None:
+    """Refuse a map of another kind than the space's; a rotation is an invertible matrix too."""
+    if kind != space.kind and (kind, space.kind) != ("orthogonal", "invertible"):
+        raise BadInput(f"space {space.id} takes no {kind} map; it is {space.kind}")
+
+
 # --- factors -----------------------------------------------------------------------------------
 
 
@@ -38,11 +44,13 @@ def apply_scale(edit: Edit, space: Space, scale: Tensor, name: str) -> None:
     computed now, so the edit is exact by construction and `fold` rounds once.
     """
     demand_free(space)
+    demand_kind(space, "diagonal")
+    scale = scale.to(torch.float32)
     if tuple(scale.shape) != (space.size,):
         raise BadInput(f"space {space.id} takes {space.size} scales; found {list(scale.shape)}")
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise BadInput(f"scales of space {space.id} must be positive and finite")
-    source = edit.new_param(name, scale.to(torch.float32), like=space.home)
+    source = edit.new_param(name, scale, like=space.home)
     edit.free(source, "diagonal")
     spread(edit, source, space, space.params, 1)
 
@@ -118,11 +126,13 @@ def apply_shift(edit: Edit, space: Space, shift: Tensor, name: str) -> None:
     own. A layer without a bias gets one.
     """
     demand_free(space)
+    demand_kind(space, "shift")
+    shift = shift.to(torch.float32)
     if tuple(shift.shape) != (space.size,):
         raise BadInput(f"space {space.id} takes {space.size} shifts; found {list(shift.shape)}")
     if not bool(shift.isfinite().all()):
         raise BadInput(f"shifts of space {space.id} must be finite")
-    source = edit.new_param(name, shift.to(torch.float32), like=space.home)
+    source = edit.new_param(name, shift, like=space.home)
     edit.free(source, "shift")
     for number, member in enumerate(space.params):
         node = edit.own(member.node)
@@ -172,6 +182,8 @@ def apply_matrix(edit: Edit, space: Space, matrix: Tensor, name: str) -> Matrix:
     `matrix` is T, (size, size), or one for each index of `space.maps`. It becomes the parameter
     `name`.
     """
+    if space.kind not in ("orthogonal", "invertible"):
+        raise BadInput(f"space {space.id} takes no matrix map; it is {space.kind}")
     made = Matrix(edit, space.home, matrix, name, space.kind)
     apply_map(edit, space, made)
     return made
@@ -185,15 +197,13 @@ def apply_map(edit: Edit, space: Space, made: Map, places: Sequence[fx.Node] = (
     """
     if not places:
         demand_free(space)
-    wanted = {"orthogonal": ("orthogonal",), "permutation": ("permutation",)}
+    demand_kind(space, made.kind)
     if made.size != space.size or made.maps not in ((), space.maps):
         each = f", or one for each of {list(space.maps)}" if space.maps else ""
         raise BadInput(
             f"space {space.id} takes a {space.size} × {space.size} matrix{each}; "
             f"found {[*made.maps, made.size, made.size]}"
         )
-    if made.kind not in wanted.get(space.kind, ("orthogonal", "invertible")):
-        raise BadInput(f"space {space.id} takes no {made.kind} map; it is {space.kind}")
     for member in space.params:
         _mixed(edit, edit.own(member.node), made, member, space.size)
     for place in places:
@@ -226,6 +236,9 @@ def map_input(edit: Edit, sites: Sequence[Site], made: Map) -> None:
     """Map the common input of some linears at run time, and undo it in their weights."""
     x = sites[0].x
     assert x is not None
+    width = x.meta["val"].shape[-1]
+    if made.size != width:
+        raise BadInput(f"{sites[0].id} reads {width} channels; found a map of {made.size}")
     mapped = made.forward(edit.own(x))
     for site in sites:
         node = edit.own(site.node)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
+from qcompiler.hadamard import core_size
 
 aten = torch.ops.aten
 SINGULAR = 1e6
@@ -92,6 +93,8 @@ class Hadamard(Map):
     def __init__(self, edit: Edit, like: fx.Node, signs: Tensor, name: str) -> None:
         if signs.ndim != 1 or not bool((signs.abs() == 1).all()):
             raise BadInput(f"signs are a vector of 1 and -1; found {list(signs.shape)}")
+        if core_size(len(signs)) is None:
+            raise BadInput(f"no Hadamard matrix of size {len(signs)} can be constructed")
         super().__init__(edit, edit.new_param(name, signs, like=like))
         self.size = len(signs)
 
@@ -110,6 +113,10 @@ class Kronecker(Map):
 
     def __init__(self, edit: Edit, like: fx.Node, left: Tensor, right: Tensor, name: str) -> None:
         first, second = _invertible(left), _invertible(right)
+        if first.ndim != 2 or second.ndim != 2:
+            raise BadInput("one square matrix is expected for each factor; found several")
+        if not float(torch.linalg.cond(first) * torch.linalg.cond(second)) < SINGULAR:
+            raise BadInput("an invertible product is expected; this one is nearly singular")
         super().__init__(edit, edit.new_param(f"{name}.left", first, like=like))
         self._right = edit.new_param(f"{name}.right", second, like=like)
         self.size = len(left) * len(right)
@@ -139,8 +146,12 @@ class Kronecker(Map):
             for n in (left, right)
         )
         folded = edit.call(aten.unflatten.int, x, -1, sizes, like=x)
+        # The value is always the first operand, by which an expression on an edge is called.
         mixed = edit.call(aten.matmul.default, folded, right, like=x)
-        mixed = edit.call(aten.matmul.default, left, mixed, like=x)
+        mixed = edit.call(aten.transpose.int, mixed, -2, -1, like=x)
+        turned = edit.call(aten.transpose.int, left, 0, 1, like=x)
+        mixed = edit.call(aten.matmul.default, mixed, turned, like=x)
+        mixed = edit.call(aten.transpose.int, mixed, -2, -1, like=x)
         return edit.call(aten.flatten.using_ints, mixed, len(shape) - 1, -1, like=x)
 
 
@@ -151,8 +162,10 @@ class Order(Map):
     wide = False
 
     def __init__(self, edit: Edit, like: fx.Node, order: Tensor, name: str) -> None:
-        if not torch.equal(order.sort().values, torch.arange(len(order))):
-            raise BadInput(f"an order of {len(order)} channels names each once; this one does not")
+        whole = order.ndim == 1 and not order.is_floating_point()
+        if not whole or not torch.equal(order.sort().values, torch.arange(len(order))):
+            found = f"{str(order.dtype).removeprefix('torch.')} {list(order.shape)}"
+            raise BadInput(f"an order of channels names each once; {found} does not")
         super().__init__(edit, edit.new_param(name, order, like=like))
         self.size = len(order)
 
