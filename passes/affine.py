@@ -23,7 +23,7 @@ from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.learn import learn
-from qcompiler.objective import OBJECTIVES
+from qcompiler.objective import OBJECTIVES, fitting
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.sites import Site, sites
@@ -49,7 +49,8 @@ class Affine(Pass):
     steps: int = 100
     """Batches to train on; 0 leaves identities for `learn_rotation`."""
     rate: float = 1.0
-    loss: Literal["kl_top", "mse"] = "kl_top"
+    loss: Literal["auto", "kl_top", "mse"] = "auto"
+    """What is made small; `auto` is `kl_top` for language models, else `mse`."""
     demand: tuple[str, ...] = ()
     """Patterns of weights that must take a map offline; if one cannot, nothing is done."""
 
@@ -77,16 +78,17 @@ class Affine(Pass):
         made = _insert(trial, found.groups, online, "trial")
         if not made:
             return
+        loss = fitting(program) if self.loss == "auto" else self.loss
         learned = learn(
             trial.seal()[0],
             facts.batches,
-            OBJECTIVES[self.loss],
+            OBJECTIVES[loss],
             steps=self.steps,
             rate=self.rate,
             tick=facts.tick,
             only=made,
         )
-        change = f"{self.loss} {learned.before:.4g} → {learned.after:.4g}"
+        change = f"{loss} {learned.before:.4g} → {learned.after:.4g}"
         if not learned.after < learned.before:
             edit.note(f"training found nothing better: {change}")
             return

@@ -20,7 +20,7 @@ from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.learn import learn
-from qcompiler.objective import OBJECTIVES
+from qcompiler.objective import OBJECTIVES, fitting
 from qcompiler.passbase import Pass
 
 
@@ -40,7 +40,8 @@ class LearnRotation(Pass):
     """By how many radians a step turns a rotation at first; it falls to zero by a cosine."""
     draws: int = 8
     """Random rotations, of which the best is where training starts."""
-    loss: Literal["kl_top", "mse"] = "kl_top"
+    loss: Literal["auto", "kl_top", "mse"] = "auto"
+    """What is made small; `auto` is `kl_top` for language models, else `mse`."""
 
     def run(self, edit: Edit, facts: Facts) -> None:
         program = facts.program
@@ -55,16 +56,17 @@ class LearnRotation(Pass):
             )
         if self.steps < 0 or self.draws < 1 or not 0 < self.rate < math.inf:
             raise BadInput("learn_rotation: steps are 0 or more, draws 1 or more, rate is positive")
+        loss = fitting(program) if self.loss == "auto" else self.loss
         learned = learn(
             program,
             facts.batches,
-            OBJECTIVES[self.loss],
+            OBJECTIVES[loss],
             steps=self.steps,
             rate=self.rate,
             draws=self.draws,
             tick=facts.tick,
         )
-        change = f"{self.loss} {learned.before:.4g} → {learned.after:.4g} in {self.steps} steps"
+        change = f"{loss} {learned.before:.4g} → {learned.after:.4g} in {self.steps} steps"
         if not learned.after < learned.before:
             edit.note(f"training found nothing better: {change}")
             return

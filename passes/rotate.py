@@ -47,7 +47,8 @@ class Rotate(Pass):
     online: bool = False
     """Also rotate a layer's input where one operator at run time is needed (R4)."""
     heads: bool = False
-    """Also rotate queries and keys, two operators at run time (R3): for a quantized KV cache."""
+    """Also rotate queries and keys, for a quantized KV cache: two operators at run time behind a
+    rotary embedding (R3), none without one."""
     demand: tuple[str, ...] = ()
     """Patterns of weights that must be rotated; if one cannot be, nothing is done."""
 
@@ -58,11 +59,9 @@ class Rotate(Pass):
         inputs = _inputs(facts)
         taken, refused = [], []
         for number, space in enumerate(find_spaces(facts.program, "orthogonal")):
-            wanted = self.heads
-            if space.params:  # else queries and keys; else what no quantized layer reads
-                wanted = not inputs.isdisjoint((m.node, m.axis) for m in space.activations)
-            if not wanted:
-                continue
+            read = not inputs.isdisjoint((m.node, m.axis) for m in space.activations)
+            if not read and not (self.heads and _meet(space)):
+                continue  # nothing that a quantized layer or cache reads
             online = self.online if space.params else self.heads
             places = online_places(space) if online else ()
             if space.blocked_by and not places:
@@ -114,6 +113,11 @@ def _inputs(facts: Facts) -> set[tuple[fx.Node, int]]:
         if site.x is not None:
             found.add((site.x, site.kind.channel % site.x.meta["val"].ndim))
     return found
+
+
+def _meet(space: Space) -> bool:
+    """Whether two computed values meet in a product: queries and keys."""
+    return {m.exponent for m in space.activations} == {1, -1}
 
 
 def _why(space: Space) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qcompiler.errors import BadInput
+from qcompiler.program import Program, is_tensor, shape_of
 
 Objective = Callable[[tuple[object, ...], tuple[object, ...]], Tensor]
 """(outputs of the float program, outputs of the other) → a scalar that can be differentiated."""
@@ -43,6 +44,17 @@ def mse(wanted: tuple[object, ...], found: tuple[object, ...]) -> Tensor:
         size = a.float().pow(2).sum().clamp_min(1e-30)
         total = total + (a.float() - b.float()).pow(2).sum() / size
     return total
+
+
+def fitting(program: Program) -> str:
+    """`kl_top` for a language model: token ids in, scores of all words out; `mse` for the rest."""
+    ids = next((p for p in program.io.ports if p.is_tensor), None)
+    first = next(iter(program.graph.output_node().all_input_nodes), None)
+    if ids is None or ids.dtype is None or ids.dtype.is_floating_point or not is_tensor(first):
+        return "mse"
+    assert first is not None
+    words = shape_of(first)[-1] if shape_of(first) else 0
+    return "kl_top" if isinstance(words, int) and words > ids.high else "mse"
 
 
 OBJECTIVES: Mapping[str, Objective] = {"kl_top": kl_top, "mse": mse}
