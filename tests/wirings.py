@@ -99,6 +99,28 @@ class Block(nn.Module):
         """Tokens are mixed too, as in MLP-Mixer."""
         return p.b(p.token(p.a(x).transpose(1, 2)).transpose(1, 2))
 
+    def _einsum(self, x: Tensor, p: _Piece) -> Tensor:
+        y = torch.relu(torch.einsum("bti,ci->btc", x, p.out))
+        return torch.einsum("btc,cd->btd", y, p.point.squeeze(-1))
+
+    def _rolled(self, x: Tensor, p: _Piece) -> Tensor:
+        """Tokens move, channels stay."""
+        return p.b(torch.relu(p.a(x)).roll(2, 1).flip(1))
+
+    def _repeated(self, x: Tensor, p: _Piece) -> Tensor:
+        return p.b(torch.relu(p.a(x)) + p.table[:1].repeat(self.TOKENS, 1))
+
+    def _filled(self, x: Tensor, p: _Piece) -> Tensor:
+        """Whole tokens are taken out."""
+        gone = (torch.arange(self.TOKENS) > 2).unsqueeze(-1)
+        return p.b(p.a(x).masked_fill(gone, 0.0) + torch.where(gone, p.a(x), 0.0))
+
+    def _doubled(self, x: Tensor, p: _Piece) -> Tensor:
+        """Up and down again in size, channel by channel."""
+        y = p.a(x).transpose(1, 2).unsqueeze(-1)
+        y = F.avg_pool2d(F.interpolate(y, scale_factor=2.0, mode="nearest"), 2)
+        return p.b(y.squeeze(-1).transpose(1, 2))
+
     def _softmax(self, x: Tensor, p: _Piece) -> Tensor:
         return p.b(torch.softmax(p.a(x), -1))
 

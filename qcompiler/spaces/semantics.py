@@ -22,15 +22,16 @@ PRODUCTS: dict[object, tuple[str, ...]] = {
     aten.mm.default: ("0:m k, 1:k n -> m n",),
     aten.bmm.default: ("0:b m k, 1:b k n -> b m n",),
     aten.addmm.default: ("1:m k, 2:k n -> m n", "0:n -> m n"),
+    aten.baddbmm.default: ("1:b m k, 2:b k n -> b m n", "0:b m n -> b m n"),
     aten.embedding.default: ("0:!r d -> !* d",),
 }
 """Operator → summands; `n:` is the number of the argument."""
 
-CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
 """Convolution → number of spatial axes."""
 
-ELEMENTWISE_PRODUCT = {aten.mul.Tensor}
-ELEMENTWISE_QUOTIENT = {aten.div.Tensor}
+ELEMENTWISE_PRODUCT = {aten.mul.Tensor, aten.mul.Scalar}
+ELEMENTWISE_QUOTIENT = {aten.div.Tensor, aten.div.Scalar}
 ELEMENTWISE_SUM = {aten.add.Tensor, aten.sub.Tensor}
 """Binary operators with broadcasting; with a Python number, see `rules.py`."""
 
@@ -71,6 +72,23 @@ BREAK: set[object] = {
     aten.square.default,
     aten.round.default,
     aten.floor.default,
+    aten.ceil.default,
+    aten.sign.default,
+    aten.log2.default,
+    aten.exp2.default,
+    aten.expm1.default,
+    aten.selu.default,
+    aten.celu.default,
+    aten.log_sigmoid.default,
+    aten.threshold.default,
+    aten.clamp_max.default,
+    aten.hardshrink.default,
+    aten.softshrink.default,
+    aten.tan.default,
+    aten.atan.default,
+    aten.sinh.default,
+    aten.cosh.default,
+    aten.erfc.default,
 }
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
@@ -80,5 +98,9 @@ POOLS = MAX_POOLS | {
     aten.adaptive_avg_pool2d.default,
     aten.avg_pool1d.default,
     aten.adaptive_avg_pool1d.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bicubic2d.vec,
 }
+"""They mix places, each channel by itself."""
 NORMS = {aten.rms_norm.default, aten.layer_norm.default}

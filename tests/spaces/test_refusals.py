@@ -444,7 +444,7 @@ OUT_OF_RANGE = [
     (f"{PLAN},affine{{rate=-1.0}}", "affine: .* rate is positive"),
     (f"{PLAN},affine{{rate=nan}}", "affine: .* rate is positive"),
     (f"{PLAN},affine{{rate=inf steps=1}}", "affine: .* rate"),
-    (f"{PLAN},affine{{loss=kl}}", "option loss is 'kl_top' or 'mse'; found 'kl'"),
+    (f"{PLAN},affine{{loss=kl}}", "option loss is 'auto' or 'kl_top' or 'mse'; found 'kl'"),
     ("rotate,learn_rotation", "learn_rotation: .* put `assign` before it"),
     (f"{PLAN},learn_rotation", "learn_rotation: no map is left to train; put `rotate`"),
     (f"{PLAN},rotate,learn_rotation{{steps=-1}}", "learn_rotation: steps"),
@@ -502,7 +502,9 @@ class Outputs(nn.Module):
 @pytest.mark.parametrize(
     ("what", "words"), [("integers", "no floating point output"), ("number", "kl_top|logits|words")]
 )
-@pytest.mark.parametrize("passes", ["rotate,learn_rotation{steps=1}", "affine{steps=1}"])
+@pytest.mark.parametrize(
+    "passes", ["rotate,learn_rotation{steps=1 loss=kl_top}", "affine{steps=1 loss=kl_top}"]
+)
 def test_outputs_that_no_loss_is_for(what: str, words: str, passes: str) -> None:
     program = qcompiler.capture(Outputs(what), torch.randn(4, 12))
     with pytest.raises(BadInput, match=words):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from qcompiler import layout as laid
 from qcompiler.layout import in_place
@@ -24,7 +26,7 @@ from qcompiler.spaces.axes import (
     mentioned,
 )
 from qcompiler.spaces.rules import fused, layout
-from qcompiler.spaces.rules.common import input_of, told_apart, unknown
+from qcompiler.spaces.rules.common import input_of, told_apart, unknown, varying
 
 aten = torch.ops.aten
 
@@ -41,6 +43,8 @@ def walk(program: Program) -> Axes:
                 _weight(axes, node)
             elif is_tensor(node) and node.meta["val"].is_floating_point():
                 axes.mark(node, axes.new(node), "it is an input of the program")
+        elif is_tensor(node) and 0 in shape_of(node):
+            continue  # it holds nothing: a rotary embedding's rest, say
         elif node in axes.weights and node not in axes.layouts:
             _weight(axes, node)
         elif is_tensor(node) and node.meta["val"].is_floating_point():
@@ -150,10 +154,9 @@ def _binary(axes: Axes, node: fx.Node) -> None:
             axes.mark(node, result, "it has no floating point operand")
         else:
             axes.product(node, "* -> *", [only], result)
-            if any(
-                is_tensor(n) and shape_of(n) for n in node.all_input_nodes if n is not only.node
-            ):
-                axes.mark(node, result, "a mask multiplies it", kinds=MATRIX)
+            for mask in (n for n in node.all_input_nodes if n is not only.node):
+                varied = varying(result, mask)
+                axes.mark(node, result, "a mask multiplies it", varied, MATRIX)
             if node.target in op.ELEMENTWISE_QUOTIENT and a is None:
                 axes.mark(node, only, "it is a divisor", kinds=ALL - PERMUTATION)
     told_apart(axes, node, result, *node.args)
@@ -265,15 +268,40 @@ def _matmul(axes: Axes, node: fx.Node) -> None:
 
 
 def _where(axes: Axes, node: fx.Node) -> None:
+    _chosen(axes, node, node.args[0], node.args[1:3])
+
+
+def _masked_fill(axes: Axes, node: fx.Node) -> None:
+    _chosen(axes, node, node.args[1], (node.args[2], node.args[0]))
+
+
+def _chosen(axes: Axes, node: fx.Node, mask: Argument, choices: Sequence[Argument]) -> None:
+    """One of two values in each place. Where the mask does not vary along an axis, maps on it pass.
+
+    A constant takes none, unless it is 0, which stays 0 under all that is linear.
+    """
     result = axes.new(node)
-    for argument in node.args[1:3]:
-        value = axes.of(argument)
-        if value is None:
-            axes.mark(node, result, "a constant is chosen in places", kinds=ALL - PERMUTATION)
-        else:
+    varied = varying(result, mask)
+    for choice in choices:
+        value = axes.of(choice)
+        if value is not None:
             axes.product(node, "* -> *", [value], result)
-            axes.mark(node, value, "it is chosen in places", kinds=MATRIX)
-    told_apart(axes, node, result, *node.args)
+        elif choice != 0:
+            axes.mark(node, result, "a constant is chosen in places", kinds=ALL - PERMUTATION)
+    axes.mark(node, result, "it is chosen in places", varied, MATRIX)
+    told_apart(axes, node, result, mask, *choices)
+
+
+def _einsum(axes: Axes, node: fx.Node) -> None:
+    """A product says what it is, unless it leaves letters out or takes a diagonal."""
+    text, operands = node.args[0].replace(" ", ""), [axes.of(n) for n in node.args[1]]
+    left, arrow, right = text.partition("->")
+    parts = left.split(",")
+    plain = arrow and "." not in text and all(len(set(p)) == len(p) for p in (*parts, right))
+    if not plain or not all(operands):
+        return unknown(axes, node)
+    words = ",".join(" ".join(p) for p in parts)
+    return axes.product(node, f"{words} -> {' '.join(right)}", operands, axes.new(node))
 
 
 def _reader(axes: Axes, node: fx.Node) -> None:
@@ -294,10 +322,18 @@ _SPECIAL = {
     aten.select.int: layout.select,
     aten.cat.default: layout.cat,
     aten.expand.default: layout.expand,
+    aten.broadcast_to.default: layout.expand,
     aten.index.Tensor: layout.rows,
     aten.index_select.default: layout.rows,
     aten.repeat_interleave.self_int: layout.rows,
     aten.pad.default: layout.pad,
     aten.matmul.default: _matmul,
     aten.where.self: _where,
+    aten.where.ScalarOther: _where,
+    aten.where.ScalarSelf: _where,
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.einsum.default: _einsum,
+    aten.roll.default: layout.moved,
+    aten.flip.default: layout.moved,
+    aten.repeat.default: layout.repeat,
 }

@@ -33,13 +33,18 @@ def try_unify(a: object, b: object) -> bool:
 def told_apart(axes: Axes, node: fx.Node, value: Value, *operands: object) -> None:
     """Masks and indices among `operands` know which index is which: no other order of `value`.
 
-    They carry no channels of their own, so that an order could not follow them; their axes are
-    counted from the right.
+    They carry no channels of their own, so that an order could not follow them.
     """
     for operand in operands:
         if is_tensor(operand) and axes.of(operand) is None:
-            sizes = shape_of(operand)  # type: ignore[arg-type]
-            first = len(value.axes) - len(sizes)
-            seen = [first + i for i, n in enumerate(sizes) if n != 1 and first + i >= 0]
             why = f"{op_name(node.target)} tells its indices apart by a mask"
-            axes.mark(node, value, why, seen, PERMUTATION)
+            axes.mark(node, value, why, varying(value, operand), PERMUTATION)
+
+
+def varying(value: Value, operand: object) -> list[int]:
+    """The axes of `value` along which `operand` has more than one index, counted from the right."""
+    if not is_tensor(operand):
+        return []
+    sizes = shape_of(operand)  # type: ignore[arg-type]
+    first = len(value.axes) - len(sizes)
+    return [first + i for i, n in enumerate(sizes) if n != 1 and first + i >= 0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qcompiler.program import shape_of
-from qcompiler.spaces.axes import ALL, SHIFT, Axes, Place, Value
+from qcompiler.program import op_name, shape_of
+from qcompiler.spaces.axes import ALL, PERMUTATION, SHIFT, Axes, Place, Value
 from qcompiler.spaces.rules.common import input_of, try_unify, unknown
 from qcompiler.spaces.terms import Prod, Sum, divides, size
 
@@ -120,6 +120,42 @@ def expand(axes: Axes, node: fx.Node) -> None:
     if x is None:
         return axes.mark(node, result, "it is made from integers")
     axes.product(node, "* -> *", [x], result, "adds")
+    return None
+
+
+def repeat(axes: Axes, node: fx.Node) -> None:
+    """Copies behind one another. Along an axis of one index this is what `expand` does."""
+    x = input_of(axes, node)
+    if x is None:
+        return unknown(axes, node)
+    result, counts = axes.new(node), list(node.args[1])
+    first = len(counts) - len(x.axes)
+    for axis, count in enumerate(counts[first:]):
+        if size(x.axes[axis]) == 1:
+            continue
+        if count == 1:
+            axes.same(node, [([Place(x, axis)], [Place(result, first + axis)])])
+        else:
+            axes.mark(node, x, "it is repeated along this axis", [axis])
+            axes.mark(node, result, "it is repeated along this axis", [first + axis])
+    fresh_axes = [i for i, n in enumerate(counts) if i < first or size(x.axes[i - first]) == 1]
+    axes.mark(node, result, "it is repeated along this axis", fresh_axes, ALL - PERMUTATION)
+    return None
+
+
+def moved(axes: Axes, node: fx.Node) -> None:
+    """roll and flip: indices move along some axes, all others are the same."""
+    x = input_of(axes, node)
+    dims = node.args[2 if node.target is aten.roll.default else 1 :][:1]
+    if x is None or not dims or not dims[0]:
+        return unknown(axes, node)
+    result, rank = axes.new(node), len(x.axes)
+    gone = {d % rank for d in dims[0]}
+    for axis in range(rank):
+        if axis not in gone:
+            axes.same(node, [([Place(x, axis)], [Place(result, axis)])])
+    for value in (x, result):
+        axes.mark(node, value, f"{op_name(node.target)} moves its indices", sorted(gone))
     return None
 
 
