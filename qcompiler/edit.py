@@ -54,9 +54,7 @@ class Edit:
         self._maps = dict(program.maps)
         self._edits: list[_Open] = []
         self._extended: dict[fx.Node, fx.Node] = {}
-        self._weights = {n for n in self.graph.nodes if n.name in self._slots}
-        for node in self.graph.nodes:
-            self._judge(node)
+        self._weights = {self._own[n] for n in program.weights}
         self._inputs = [
             n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self._slots
         ]

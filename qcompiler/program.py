@@ -128,6 +128,17 @@ class Program:
                 found.add(node)
         return frozenset(found)
 
+    @cached_property
+    def weights(self) -> frozenset[fx.Node]:
+        """Parameters, and calls on them alone."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            inputs = node.all_input_nodes
+            call = node.op == "call_function" and inputs and found.issuperset(inputs)
+            if call or node.name in self.slots:
+                found.add(node)
+        return frozenset(found)
+
     def param_of(self, node: object) -> str | None:
         """Name of the parameter that `node` is, or None."""
         return self.slots.get(node.name) if isinstance(node, fx.Node) else None

@@ -113,7 +113,7 @@ class Block(nn.Module):
     def _filled(self, x: Tensor, p: _Piece) -> Tensor:
         """Whole tokens are taken out."""
         gone = (torch.arange(self.TOKENS) > 2).unsqueeze(-1)
-        return p.b(p.a(x).masked_fill(gone, 0.0) + torch.where(gone, p.a(x), 0.0))
+        return p.b(p.a(x).masked_fill(gone, 0.0)) + torch.where(gone, p.c(x), 0.0)
 
     def _doubled(self, x: Tensor, p: _Piece) -> Tensor:
         """Up and down again in size, channel by channel."""

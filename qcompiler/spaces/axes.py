@@ -141,14 +141,9 @@ class Axes:
     """Where a weight comes from: parameters, and the last arithmetic on a weight's edge."""
 
     @cached_property
-    def weights(self) -> frozenset[fx.Node]:
-        """Parameters and what is computed from them alone."""
-        return frozenset(self.program.graph.nodes) - self.program.activations
-
-    @cached_property
     def layouts(self) -> set[fx.Node]:
         """Weights that only lay a parameter out."""
-        return layouts(n for n in self.program.graph.nodes if n in self.weights)
+        return layouts(n for n in self.program.graph.nodes if n in self.program.weights)
 
     # --- values --------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def walk(program: Program) -> Axes:
                 axes.mark(node, axes.new(node), "it is an input of the program")
         elif is_tensor(node) and 0 in shape_of(node):
             continue  # it holds nothing: a rotary embedding's rest, say
-        elif node in axes.weights and node not in axes.layouts:
+        elif node in axes.program.weights and node not in axes.layouts:
             _weight(axes, node)
         elif is_tensor(node) and node.meta["val"].is_floating_point():
             before = len(axes.statements)
@@ -93,7 +93,7 @@ def _weight(axes: Axes, node: fx.Node) -> None:
     """
     if is_tensor(node) and node.meta["val"].is_floating_point():
         axes.new(node)
-        if in_place(node, axes.weights, axes.layouts):
+        if in_place(node, axes.program.weights, axes.layouts):
             axes.edges.add(node)
 
 
