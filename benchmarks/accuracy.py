@@ -184,6 +184,7 @@ def ours(
             values, sizes, times = zip(*runs, strict=True)
             size, spent = statistics.fmean(sizes) * 8 / parameters, statistics.fmean(times)
             rows.append(replace(row, perplexities=values, bits_per_weight=size, seconds=spent))
+            print(f"    {rows[-1].mean:.3f}  {rows[-1].spread}", file=sys.stderr)
     return rows
 
 
