@@ -32,6 +32,7 @@ RECIPES = (
     "w8a8-static",
     "w8a8-static-smooth",
     "w4a16-smooth",
+    "w4a8-rotated",
 )
 console = Console(soft_wrap=True)
 

@@ -99,7 +99,8 @@ def print_spaces(console: Console, found: list[Space]) -> None:
         each = f", one for each of {' × '.join(map(str, space.maps))}" if space.maps else ""
         sides = [", ".join(_ids(m)) or "nobody" for m in (space.producers, space.consumers)]
         if not space.params:  # queries and keys
-            sides = [", ".join(_ids(space.activations)), "no weight"]
+            computed = [b.node for b in space.blocked_by]
+            sides = [", ".join(computed), "no weight"]
         console.print(
             f"space {space.id} ({space.kind}, {space.size} channels{each}): written by "
             f"{sides[0]}; read by {sides[1]}",
