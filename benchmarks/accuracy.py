@@ -50,7 +50,7 @@ from qcompiler.samples import Flat
 HERE = Path(__file__).resolve().parent
 LLAMA = HERE.parent / "examples" / "tiny_llama"
 TWIN = LLAMA / "outliers"
-CALIBRATION_BATCHES = 8
+CALIBRATION_BATCHES = 16
 FULL, QUICK = (40960, 10), (10240, 3)
 """(held-out tokens, seeds)"""
 

@@ -57,7 +57,12 @@ def test_passes_print_as_they_were_written() -> None:
 def test_every_recipe_builds(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.about and [p.name for p in recipe.passes()][-1] == "quantize"
-    assert ("smooth" in name) == any(s.name == "smooth" for s in recipe.specs)
+    steps = {s.name for s in recipe.specs}
+    assert {"smooth", "rotate", "learn_rotation"} & steps == {
+        *(["smooth"] if any(word in name for word in ("smooth", "rotated", "learned")) else []),
+        *(["rotate"] if any(word in name for word in ("rotated", "learned")) else []),
+        *(["learn_rotation"] if "learned" in name else []),
+    }
 
 
 @pytest.mark.parametrize(
