@@ -73,9 +73,9 @@ RECIPES: dict[str, str] = {
     "smooth, rotate online": (
         f"{START},smooth{{norms=false}},{STREAM},rotate{{seed=$seed online=true}},{END}"
     ),
-    "rotate online, learned": f"{START},{STREAM},rotate{{online=true}},learn_rotation,{END}",
+    "rotate online, learned": f"{START},{STREAM},rotate{{online=true}},learn_rotation{{rate=1}},{END}",
     "smooth, rotate online, learned": (
-        f"{START},smooth{{norms=false}},{STREAM},rotate{{online=true}},learn_rotation,{END}"
+        f"{START},smooth{{norms=false}},{STREAM},rotate{{online=true}},learn_rotation{{rate=1}},{END}"
     ),
     "split outliers": f"{START},split_outliers,{END}",
 }

@@ -36,7 +36,7 @@ class LearnRotation(Pass):
 
     steps: int = 100
     """Batches to train on; they go round."""
-    rate: float = 1.0
+    rate: float = 0.5
     """By how many radians a step turns a rotation at first; it falls to zero by a cosine."""
     draws: int = 8
     """Random rotations, of which the best is where training starts."""
