@@ -62,6 +62,7 @@ ASSIGN = "assign{{weight=int{bits}:channel:full activation=int{bits}:token:dynam
 # lets through what is worse than no answer at all: how bad is what this benchmark shows.
 START = "canonicalize,$assign"
 STREAM = "untie{optional=true},absorb_norms"
+LEARN = "learn_rotation{rate=1}"
 END = "fold,quantize{budget=10}"
 RECIPES: dict[str, str] = {
     "nearest": "canonicalize,$assign,quantize{budget=10}",
@@ -73,9 +74,9 @@ RECIPES: dict[str, str] = {
     "smooth, rotate online": (
         f"{START},smooth{{norms=false}},{STREAM},rotate{{seed=$seed online=true}},{END}"
     ),
-    "rotate online, learned": f"{START},{STREAM},rotate{{online=true}},learn_rotation{{rate=1}},{END}",
+    "rotate online, learned": f"{START},{STREAM},rotate{{online=true}},{LEARN},{END}",
     "smooth, rotate online, learned": (
-        f"{START},smooth{{norms=false}},{STREAM},rotate{{online=true}},learn_rotation{{rate=1}},{END}"
+        f"{START},smooth{{norms=false}},{STREAM},rotate{{online=true}},{LEARN},{END}"
     ),
     "split outliers": f"{START},split_outliers,{END}",
 }
