@@ -41,11 +41,8 @@ class Inputs:
     """Spaces of the refused layers' inputs."""
 
 
-def inputs_of(program: Program, kind: str, *, offline: bool = True) -> Inputs:
-    """The free space of each layer's input with the most freedom.
-
-    `offline` leaves out those that no parameter produces.
-    """
+def inputs_of(program: Program, kind: str) -> Inputs:
+    """The free space of each layer's input with the most freedom, that a parameter produces."""
     found = find(program, kind)
     chosen: dict[int, tuple[Space, list[Site]]] = {}
     refusals: list[tuple[str, str]] = []
@@ -54,8 +51,8 @@ def inputs_of(program: Program, kind: str, *, offline: bool = True) -> Inputs:
         if site.x is None:
             continue
         carrying = [s for s in found if carrier(s, site, (1, -1)) is not None]
-        free = [s for s in carrying if not s.blocked_by and carrier(s, site) and s.consumers]
-        free = [s for s in free if s.producers or not offline]
+        free = [s for s in carrying if not s.blocked_by and carrier(s, site)]
+        free = [s for s in free if s.producers and s.consumers]
         best = max(free, key=_freedom, default=None)
         if best is None:
             blocked += [s for s in carrying if s.blocked_by]
