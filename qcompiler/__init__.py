@@ -11,6 +11,7 @@ from qcompiler.capture import capture
 from qcompiler.compiled import Compiled, compile, load
 from qcompiler.edit import Edit
 from qcompiler.errors import BackendError, BadInput, PassError, QCompilerError
+from qcompiler.export import export_onnx
 from qcompiler.facts import Facts
 from qcompiler.formats import QFormat, QTensor, Scheme
 from qcompiler.history import Effect, Step
@@ -44,6 +45,7 @@ __all__ = [
     "__version__",
     "capture",
     "compile",
+    "export_onnx",
     "load",
     "load_recipe",
     "spaces",

@@ -11,13 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from qcompiler.formats import Scheme
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import Site
+
+if TYPE_CHECKING:
+    from qcompiler.export.dialect import Dialect
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Backend(ABC):
 
     def cost(self, site: Site, scheme: Scheme) -> float | None:
         """Seconds of one run of the site, or None if the backend cannot tell."""
+        return None
+
+    @classmethod
+    def dialect(cls) -> type[Dialect] | None:
+        """What an ONNX file for this target is written in; None if it reads no ONNX files."""
         return None
 
     def lowering(self, exclude: frozenset[str] = frozenset()) -> tuple[Pass, ...]:

@@ -19,17 +19,18 @@ from rich.table import Table
 import qcompiler
 from qcompiler import pipeline
 from qcompiler.capture import Source, open_model
+from qcompiler.cli_export import export
 from qcompiler.compiled import Compiled, load
 from qcompiler.compiled import compile as compile_model
 from qcompiler.data import read_batches
 from qcompiler.diff import Diff, diff
 from qcompiler.errors import BadInput, QCompilerError
-from qcompiler.evaluate import compare, perplexity, race, sizes_for
+from qcompiler.evaluate import compare, perplexity, race
 from qcompiler.formats import NAMED_BLOCKS
 from qcompiler.program import Program
 from qcompiler.recipe import DEFAULT, load_recipe, recipe_names
 from qcompiler.registry import get_backend, get_pass, make_passes, table
-from qcompiler.samples import random_inputs
+from qcompiler.samples import random_inputs, sizes_for
 from qcompiler.show.account import Account
 from qcompiler.show.terminal import (
     print_diff,
@@ -87,7 +88,7 @@ def compile_(
     batches: int,
     json_: bool,
 ) -> None:
-    """Compile MODEL (folder, .pt2, module:factory) and write it to a folder."""
+    """Compile MODEL (folder, .pt2, .onnx, module:factory) and write it to a folder."""
     if recipe and passes:
         raise BadInput("give --recipe or --passes, not both")
     pipeline_ = make_passes(passes) if passes else load_recipe(recipe or DEFAULT).passes()
@@ -177,7 +178,8 @@ def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
 def diff_(
     first: str, second: str | None, stat: bool, show_id: str | None, why_id: str | None, json_: bool
 ) -> None:
-    """Show what the passes did to OUT; compare OUT@1 with OUT@3, or two artifacts."""
+    """Show what the passes did to OUT; compare OUT@1 with OUT@3, two artifacts, or an .onnx file
+    with what became of it."""
     account, at = _open_at(first)
     if show_id or why_id:
         rows = account.show(show_id) if show_id else account.why(str(why_id))
@@ -393,6 +395,8 @@ def backends(json_: bool) -> None:
     return out.print(shown)
 
 
+main.add_command(export)
+
 # --- helpers -----------------------------------------------------------------------------------
 
 
@@ -414,6 +418,8 @@ def _program(model: str) -> Program:
 
 def _open_at(text: str) -> tuple[Account, int | None]:
     """`OUT` or `OUT@3` → its history, and the step."""
+    if Path(text).suffix == ".onnx":
+        return Account(open_model(text)[0].history), None
     folder, mark, step = text.rpartition("@")
     if not mark:
         return Account(read(text).program.history), None
@@ -425,6 +431,10 @@ def _open_at(text: str) -> tuple[Account, int | None]:
 
 
 def _tokenizer_of(source: Source) -> Path | None:
+    """The folder that holds the tokenizer: the model's own, or the one that a file lies in."""
+    if source.kind == "onnx":
+        folder = Path(source.place).parent
+        return folder if (folder / "tokenizer.json").is_file() else None
     return Path(source.place) if source.kind == "folder" else None
 
 
@@ -433,7 +443,7 @@ def _float_program(saved: Saved) -> Program:
     if source.kind in ("module", "exported"):
         raise BadInput(
             f"{saved.folder} was compiled from an object in Python, so the float model cannot be "
-            "loaded again; compare in Python, or compile from a folder, a .pt2 or module:factory"
+            "loaded again; compare in Python, or compile from a folder, a .pt2 or .onnx file, or module:factory"
         )
     try:
         return open_model(source.place)[0]

@@ -13,6 +13,7 @@ from qcompiler.backend import Artifact, Backend, Lowered
 from qcompiler.capture import Dynamic, Model, Source, open_model
 from qcompiler.check import relative_error
 from qcompiler.errors import BackendError, BadInput, PassError
+from qcompiler.export import export_onnx
 from qcompiler.history import Step
 from qcompiler.io import as_call
 from qcompiler.passbase import Pass
@@ -76,6 +77,10 @@ class Compiled:
         """Write everything to `directory`; an artifact that is there already survives a failure."""
         about = About(self.backend.name, self.float_bytes, self.source, self.notes)
         return save(self.program, self.artifact, about, Path(directory))
+
+    def export(self, path: str | Path, *, target: str = "onnx", unsigned: bool = False) -> Path:
+        """Write the quantized program as an ONNX file (see `export_onnx`)."""
+        return export_onnx(self.program, path, target=target, unsigned=unsigned)
 
 
 def compile(

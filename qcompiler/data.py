@@ -37,10 +37,17 @@ def read_batches(
         raise BadInput(f"{path} holds no data; expected at least one row (or {WINDOW} tokens)")
     for port in io.tensors:
         if port.name not in whole and port.dtype is not None and not port.dtype.is_floating_point:
-            whole[port.name] = torch.ones_like(whole[io.tensors[0].name])  # a mask of nothing
+            whole[port.name] = _filled(port.name, whole[io.tensors[0].name])
     step = BATCH if isinstance(io.tensors[0].shape[0], str) else int(io.tensors[0].shape[0])
     batches = [{k: v[i : i + step] for k, v in whole.items()} for i in range(0, rows, step)]
     return batches[:limit]
+
+
+def _filled(name: str, first: Tensor) -> Tensor:
+    """An integer input that the data lack, by its name: positions, one segment, or no padding."""
+    if "position" in name:
+        return torch.arange(first.shape[1]).expand_as(first).contiguous()
+    return torch.zeros_like(first) if "type" in name else torch.ones_like(first)
 
 
 def text_windows(path: Path, io: Signature, tokenizer: Path | None) -> Tensor:

@@ -71,9 +71,3 @@ def race(contenders: dict[str, Run], inputs: Flat, rounds: int = 15) -> dict[str
             if turn >= 2:  # the first turns warm up
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def sizes_for(io: Signature, batch: int, sequence: int) -> dict[str, int]:
-    """Sizes of the dynamic dimensions for a bench, those of the model that it has."""
-    wanted = {"batch": batch, "sequence": sequence}
-    return {d: wanted[d.rstrip("0123456789")] for d in io.dims if d.rstrip("0123456789") in wanted}

@@ -56,6 +56,24 @@ class Signature:
     def tensors(self) -> tuple[Port, ...]:
         return tuple(p for p in self.ports if p.is_tensor)
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """A name for each flat output: its keys and fields joined by `.`, where it has any.
+
+        Outputs of a tuple, and a single one, are `output`, `output_1`, …; none has an input's name.
+        """
+        names: list[str] = []
+        taken = {port.name for port in self.ports}
+        for number, path in enumerate(_paths(self.out_spec)):
+            named = any(not isinstance(key, pytree.SequenceKey) for key in path)
+            plain = f"output_{number}" if number else "output"
+            name = ".".join(map(_key_text, path)) if named else plain
+            while name in taken:
+                name += ".out"
+            taken.add(name)
+            names.append(name)
+        return tuple(names)
+
     def flatten(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, ...]:
         """Python arguments → flat inputs in port order, checked against the ports.
 
@@ -67,7 +85,7 @@ class Signature:
         for port, value in zip(self.ports, flat, strict=True):
             if port.is_tensor:
                 self._check_tensor(port, value, sizes)
-            elif value != port.constant:
+            elif (value.tolist() if isinstance(value, Tensor) else value) != port.constant:
                 raise BadInput(
                     f"input {port.name!r} was {port.constant!r} at capture and is baked in; "
                     f"found {value!r}. Capture again with that value"
@@ -131,6 +149,25 @@ class Signature:
     def restore(self, flat: tuple[object, ...]) -> object:
         """Flat outputs → the output structure of the source model."""
         return pytree.tree_unflatten(list(flat), self.out_spec)
+
+
+def _paths(spec: pytree.TreeSpec) -> list[tuple[object, ...]]:
+    """The keys that lead to each leaf of `spec`; none below a type that does not tell its keys."""
+    tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    try:
+        return [tuple(path) for path, _ in pytree.tree_leaves_with_path(tree)]
+    except ValueError:
+        return [()] * spec.num_leaves
+
+
+def _key_text(key: object) -> str:
+    """The key, field or index itself."""
+    match key:
+        case pytree.SequenceKey(idx=text) | pytree.MappingKey(key=text):
+            return str(text)
+        case pytree.GetAttrKey(name=name):
+            return name
+    return str(key)
 
 
 def as_call(inputs: object) -> tuple[tuple[object, ...], dict[str, object]]:

@@ -6,6 +6,9 @@ an ordinary aten operator.
 ========================  =====================================================================
 `qc::fake_quantize`       x' = dequantize(quantize(x)) with given scales, or dynamic ones
 `qc::dequantize`          a stored (packed) weight as floating point numbers
+`qc::quantize`            q = clamp(round(x / s) + z) as integers, one in each element
+`qc::dequantize_integers` (q - z) * s, the way back
+`qc::dynamic_scale`       scale and zero point that cover the range of x
 `qc::rope`                rotary position embedding, halves or interleaved pairs
 `qc::hadamard`            x Hᵀ / √n along the last axis, as a fast transform
 `qc::sparse_linear`       x Sᵀ with a sparse matrix S in CSR
@@ -40,6 +43,14 @@ _library.define(
     "dequantize(Tensor data, Tensor scale, Tensor? zero, str format, int width, ScalarType dtype)"
     " -> Tensor"
 )
+_library.define(
+    "quantize(Tensor x, str format, Tensor scale, Tensor? zero, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "dequantize_integers(Tensor q, str format, Tensor scale, Tensor? zero, ScalarType dtype)"
+    " -> Tensor"
+)
+_library.define("dynamic_scale(Tensor x, str format) -> (Tensor, Tensor)")
 _library.define("hadamard(Tensor x) -> Tensor")
 _library.define("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
 _library.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows) -> Tensor")
@@ -66,6 +77,28 @@ def dequantize_packed(
     """Packed integers (…, bytes) to floating point numbers (…, `width`) of `dtype`."""
     fmt = QFormat.parse(format)
     return dequantize(unpack(data, fmt.bits, width, fmt.signed), scale, zero, dtype)
+
+
+def quantize_integers(
+    x: Tensor, format: str, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Integers of `x` in `format`, unpacked: the shape of `x`, of the integer type `dtype`."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return quantize(wide, scale, zero, QFormat.parse(format)).to(dtype)
+
+
+def dequantize_integers(
+    q: Tensor, format: str, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(q - z) * s for unpacked integers `q`, as floating point numbers of `dtype`."""
+    return dequantize(q, scale, zero, dtype)
+
+
+def dynamic_scale(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int16, zeros when symmetric) that let `format` hold `x`."""
+    fmt = QFormat.parse(format)
+    scale, zero = range_to_scale(*block_range(x, fmt), fmt)
+    return scale, torch.zeros_like(scale, dtype=torch.int16) if zero is None else zero
 
 
 def hadamard_transform(x: Tensor, transposed: bool = False) -> Tensor:
@@ -136,6 +169,18 @@ def _dequantize_shape(
     return data.new_empty((*data.shape[:-1], width), dtype=dtype)
 
 
+def _quantize_shape(
+    x: Tensor, format: str, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _dynamic_scale_shape(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    fmt = QFormat.parse(format)
+    shape = fmt.scale_shape(tuple(x.shape))
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int16)
+
+
 def _hadamard_shape(x: Tensor) -> Tensor:
     if core_size(int(x.shape[-1])) is None:
         raise ValueError(f"no Hadamard matrix of size {x.shape[-1]} can be constructed")
@@ -153,6 +198,9 @@ def _sparse_linear_shape(x: Tensor, values: Tensor, columns: Tensor, rows: Tenso
 for _name, _run, _shape in (
     ("fake_quantize", fake_quantize, _fake_quantize_shape),
     ("dequantize", dequantize_packed, _dequantize_shape),
+    ("quantize", quantize_integers, _quantize_shape),
+    ("dequantize_integers", dequantize_integers, _quantize_shape),
+    ("dynamic_scale", dynamic_scale, _dynamic_scale_shape),
     ("hadamard", _hadamard, _hadamard_shape),
     ("rope", rope, _rope_shape),
     ("sparse_linear", sparse_linear, _sparse_linear_shape),

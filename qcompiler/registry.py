@@ -17,10 +17,12 @@ from qcompiler.spec import PassSpec, parse_pipeline
 
 BUILT_IN = {
     "qcompiler.passes": {
+        "adopt": "qcompiler.passes.adopt:Adopt",
         "assign": "qcompiler.passes.assign:Assign",
         "canonicalize": "qcompiler.passes.canonicalize:Canonicalize",
         "fold": "qcompiler.passes.fold:Fold",
         "quantize": "qcompiler.passes.quantize:Quantize",
+        "unquantize": "qcompiler.passes.unquantize:Unquantize",
         "untie": "qcompiler.passes.untie:Untie",
         "absorb_norms": "qcompiler.passes.absorb_norms:AbsorbNorms",
         "center": "qcompiler.passes.center:Center",
@@ -41,6 +43,7 @@ BUILT_IN = {
         "cpu": "qcompiler.backends.cpu:CpuBackend",
         "null": "qcompiler.backends.null:NullBackend",
         "onnxruntime": "qcompiler.backends.onnxruntime:OnnxRuntimeBackend",
+        "openvino": "qcompiler.backends.openvino:OpenVinoBackend",
         "reference": "qcompiler.backends.reference:ReferenceBackend",
     },
 }
@@ -68,12 +71,17 @@ def get_pass(name: str) -> type[Pass]:
     return cls
 
 
-def get_backend(name: str) -> Backend:
-    """A new backend called `name`, ready to use here."""
+def backend_class(name: str) -> type[Backend]:
+    """The class of the backend called `name`, which may be of no use on this machine."""
     cls = _load("qcompiler.backends", "backend", name)
     if not isinstance(cls, type) or not issubclass(cls, Backend):
         raise BadInput(f"backend {name!r} is {cls!r}; expected a subclass of qcompiler.Backend")
-    backend = cls()
+    return cls
+
+
+def get_backend(name: str) -> Backend:
+    """A new backend called `name`, ready to use here."""
+    backend = backend_class(name)()
     if reason := backend.available():
         raise BackendError(f"backend {name!r} cannot be used here: {reason}")
     return backend

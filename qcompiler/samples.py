@@ -47,7 +47,14 @@ def check_inputs(io: Signature, example: Flat | None) -> list[Flat]:
 def synthetic_data(io: Signature, batches: int = 8) -> Iterator[Flat]:
     """Calibration inputs for lack of real ones."""
     for seed in range(batches):
-        yield random_inputs(io, 100 + seed, {"batch": 4, "sequence": 64})
+        yield random_inputs(io, 100 + seed, sizes_for(io, batch=4, sequence=64))
+
+
+def sizes_for(io: Signature, batch: int, sequence: int) -> dict[str, int]:
+    """Sizes of the dynamic dimensions that are called a batch or a sequence, in whatever form
+    (`batch_size`, `encoder_sequence_length`): files have names of their own."""
+    wanted = {"batch": batch, "seq": sequence}
+    return {d: size for d in io.dims for word, size in wanted.items() if word in d.lower()}
 
 
 def _size(index: int, seed: int, low: int, high: int | None) -> int:

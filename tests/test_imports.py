@@ -19,10 +19,11 @@ LAYERS = (
     "order",
     "backend pipeline",
     "registry",
-    "recipe codec capture",
+    "recipe codec capture export",
     "show.account store",
     "compiled",
     "data evaluate show",
+    "cli_export",
     "cli",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -1,22 +1,21 @@
 """ONNX Runtime: the quantized program as an ONNX file, executed by quantized kernels on the CPU.
 
-`capabilities.py` says which kernel serves which format, `rewrite.py` puts it in, `export.py` writes
-the file, `session.py` runs it. Needs `pip install 'qcompiler[onnx]'`.
+`capabilities.py` says which kernel serves which format, `dialect.py` puts it in, `session.py` runs
+the file. Needs `pip install 'qcompiler[onnx]'`.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.backends.onnxruntime.capabilities import CAPABILITIES, kernel_of
+from qcompiler.backends.onnxruntime.dialect import OnnxRuntimeDialect
+from qcompiler.export import NEEDS, Dialect, missing_packages
 from qcompiler.formats import Scheme
 from qcompiler.program import Program
 from qcompiler.sites import Site
-
-NEEDS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 class OnnxRuntimeBackend(Backend):
@@ -28,21 +27,21 @@ class OnnxRuntimeBackend(Backend):
     tolerance: ClassVar[float] = 2e-2
 
     def available(self) -> str | None:
-        missing = [name for name in NEEDS if find_spec(name) is None]
-        if missing:
-            return f"{', '.join(missing)} is not installed; pip install 'qcompiler[onnx]'"
-        return None
+        return missing_packages((*NEEDS, "onnxruntime"))
 
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
         if kernel_of(site, scheme) is not None:
             return None
         return f"{self.name} has no {site.kind.name} kernel for {scheme}"
 
+    @classmethod
+    def dialect(cls) -> type[Dialect]:
+        return OnnxRuntimeDialect
+
     def build(self, program: Program) -> Artifact:
-        from qcompiler.backends.onnxruntime.export import to_onnx
         from qcompiler.backends.onnxruntime.session import OnnxArtifact
 
-        return OnnxArtifact.write(program, to_onnx(program))
+        return OnnxArtifact.write(program, OnnxRuntimeDialect())
 
     def load(self, program: Program, folder: Path) -> Artifact:
         from qcompiler.backends.onnxruntime.session import OnnxArtifact

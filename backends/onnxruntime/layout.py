@@ -1,84 +1,17 @@
-"""Weights in the layouts that ONNX Runtime's kernels read. Tensors in, tensors out; no graph."""
+"""Weights in the layout of `MatMulNBits`. Tensors in, tensors out; no graph."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from qcompiler.formats import QFormat, spread, unpack
+from qcompiler.export.weights import Weight, container, group_of, pack_fields, unsigned
+from qcompiler.formats import QFormat
 
 BLOCKS = (256, 128, 64, 32, 16)
 """Block sizes of `MatMulNBits`."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight as the program stores it, unpacked."""
-
-    name: str
-    format: QFormat
-    data: Tensor
-    """int16 (N, K): rows are output channels, or entries of a table."""
-    scale: Tensor
-    """float32 (N, groups)."""
-    zero: Tensor | None
-    """int16 like `scale`."""
-
-    @classmethod
-    def of(
-        cls, node: fx.Node, name: str, data: Tensor, scale: Tensor, zero: Tensor | None
-    ) -> Weight:
-        """From the parameters of a `qc::dequantize` node."""
-        fmt = QFormat.parse(str(node.args[3]))
-        width = node.args[4]
-        assert isinstance(width, int)
-        rows = unpack(data, fmt.bits, width, fmt.signed)
-        spread = scale.float().expand(len(rows), -1)  # one scale for all rows becomes one for each
-        return cls(name, fmt, rows, spread, None if zero is None else zero.expand(len(rows), -1))
-
-    @property
-    def group(self) -> int:
-        """Neighbours in a row that share a scale."""
-        return group_of(self.format, self.data.shape[1])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.int8 if self.format.signed else torch.uint8
-
-
-def group_of(fmt: QFormat, width: int) -> int:
-    """Neighbours in a row of `width` that share a scale, as the reference spreads scales."""
-    numbers = torch.arange(fmt.scale_shape((1, width))[1]).reshape(1, -1)
-    return int((spread(numbers, (1, width)).expand(1, width) == 0).sum())
-
-
-def container(bits: int) -> int:
-    """The field that `bits` are stored in: 2, 4 or 8 bits wide."""
-    return next(c for c in (2, 4, 8) if bits <= c)
-
-
-def unsigned(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """Numbers that fill the container, and their zero points where they are not its middle."""
-    middle = 2 ** (container(weight.format.bits) - 1)
-    offset = middle if weight.format.signed else 0
-    zero = weight.zero
-    if zero is not None:
-        zero = (zero + offset).to(torch.uint8)
-        zero = None if bool((zero == middle).all()) else zero
-    return (weight.data + offset).to(torch.uint8), zero
-
-
-def pack_fields(fields: Tensor, bits: int, fill: int = 0) -> Tensor:
-    """uint8 (…, n) to (…, ceil(n·bits/8)), low bits first; a short last byte gets `fill`."""
-    per_byte = 8 // bits
-    missing = -fields.shape[-1] % per_byte
-    fields = torch.nn.functional.pad(fields, (0, missing), value=fill)
-    packed = torch.zeros_like(fields[..., ::per_byte])
-    for k in range(per_byte):
-        packed |= fields[..., k::per_byte] << (k * bits)
-    return packed
 
 
 def block_of(fmt: QFormat, width: int) -> int | None:

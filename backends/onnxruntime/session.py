@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,19 +11,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from torch import Tensor, fx
 
-from qcompiler.backend import Artifact
-from qcompiler.backends.onnxruntime.export import BYTES, KERNELS
-from qcompiler.backends.onnxruntime.trace import first_line, output_numbers, outputs_of
 from qcompiler.errors import BackendError
-from qcompiler.program import Program
-from qcompiler.samples import Flat
-
-MODEL = "model.onnx"
-DATA = "model.onnx.data"
-LIMIT = 1_900_000_000
-"""Bytes of weights above which they go to a file of their own: a protobuf file ends at 2 GiB."""
+from qcompiler.export.artifact import FileArtifact
+from qcompiler.export.model import BYTES, KERNELS
+from qcompiler.export.trace import first_line
 
 
 def session_options(exact: bool) -> ort.SessionOptions:
@@ -66,67 +56,29 @@ def saturates() -> bool:
     return False
 
 
-class OnnxArtifact(Artifact):
+class OnnxArtifact(FileArtifact):
     """An ONNX Runtime session over a file."""
 
-    def __init__(self, program: Program, folder: Path, temporary: object = None) -> None:
-        """Open `folder`/model.onnx. `temporary` is kept alive: it owns a folder that will go."""
-        self._folder = folder
-        self._temporary = temporary
-        self._ports = program.io.ports
-        self._outputs = outputs_of(program)
-        self._numbers = output_numbers(program)
+    kernels: Mapping[str, str]
+    """Site id → the kernel that it was written for."""
+
+    def _open(self, path: Path) -> int:
         try:
             self._session = ort.InferenceSession(
-                folder / MODEL, session_options(saturates()), providers=["CPUExecutionProvider"]
+                path, session_options(saturates()), providers=["CPUExecutionProvider"]
             )
             meta = self._session.get_modelmeta().custom_metadata_map
-            self._bytes = int(meta[BYTES])
-            self.kernels: Mapping[str, str] = json.loads(meta[KERNELS])
-            """Site id → the kernel that it was written for."""
+            self.kernels = json.loads(meta[KERNELS])
+            return int(meta[BYTES])
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             raise BackendError(
-                f"ONNX Runtime {ort.__version__} cannot open {folder / MODEL}: {first_line(error)}"
+                f"ONNX Runtime {ort.__version__} cannot open {path}: {first_line(error)}"
                 "; compile again if the file was damaged or made by another version"
             ) from error
 
-    @classmethod
-    def write(cls, program: Program, model: ir.Model) -> OnnxArtifact:
-        """Put `model` into a temporary folder, for as long as the artifact lives, and open it."""
-        temporary = tempfile.TemporaryDirectory(prefix="qcompiler-")
-        folder = Path(temporary.name)
-        large = int(model.metadata_props[BYTES]) > LIMIT
-        ir.save(model, folder / MODEL, external_data=DATA if large else None)
-        return cls(program, folder, temporary)
-
-    def run(self, inputs: Flat) -> tuple[object, ...]:
-        tensors = [x for x, p in zip(inputs, self._ports, strict=True) if p.is_tensor]
+    def _infer(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         names = [i.name for i in self._session.get_inputs()]
-        feed = {name: _to_numpy(x) for name, x in zip(names, tensors, strict=True)}
         try:
-            results = self._session.run(None, feed)
+            return list(self._session.run(None, dict(zip(names, inputs, strict=True))))
         except Exception as error:  # see above; the text names the node by our id
             raise BackendError(f"ONNX Runtime failed: {first_line(error)}") from error
-        return tuple(
-            torch.from_numpy(results[self._numbers[at]]).to(value.meta["val"].dtype)
-            if isinstance(value, fx.Node)
-            else value
-            for at, value in enumerate(self._outputs)
-        )
-
-    def save(self, folder: Path) -> None:
-        for name in (MODEL, DATA):
-            if (self._folder / name).exists():
-                shutil.copy(self._folder / name, folder / name)
-        if self._temporary is None:
-            self._folder = folder  # the folder that it was loaded from may be replaced by this one
-
-    @property
-    def bytes(self) -> int | None:
-        return self._bytes
-
-
-def _to_numpy(value: object) -> np.ndarray:
-    assert isinstance(value, Tensor)
-    value = value.detach().cpu()
-    return (value.float() if value.is_floating_point() else value).contiguous().numpy()

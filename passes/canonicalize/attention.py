@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from qcompiler.edit import Edit
-from qcompiler.passes.canonicalize.norms import is_call, operands
+from qcompiler.passes.canonicalize.match import is_call, operands
 
 aten = torch.ops.aten
 

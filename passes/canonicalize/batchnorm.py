@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from qcompiler.edit import Edit
-from qcompiler.passes.canonicalize.norms import is_call
+from qcompiler.passes.canonicalize.match import is_call
 
 aten = torch.ops.aten
 

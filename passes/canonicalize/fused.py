@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from qcompiler.edit import Edit
-from qcompiler.passes.canonicalize.norms import is_call
+from qcompiler.passes.canonicalize.layout import order_of
+from qcompiler.passes.canonicalize.match import is_call
 from qcompiler.program import shape_of
 
 aten = torch.ops.aten
@@ -25,9 +26,10 @@ def select_before_permute(edit: Edit) -> None:
     """permute(x)[i] is a permutation of x[i]."""
     for node in edit.calls(aten.select.int):
         x, axis, index = node.args
-        if not is_call(x, aten.permute.default, aten.transpose.int):
+        order = order_of(x)
+        if order is None:
             continue
-        source, order = x.args[0], _order(x)  # type: ignore[union-attr]
+        source = x.args[0]  # type: ignore[union-attr]
         gone = order[axis % len(order)]  # type: ignore[operator]
         left = [a - (a > gone) for a in order if a != gone]
         edit.spend("a selection before the permutation", node)
@@ -38,33 +40,34 @@ def select_before_permute(edit: Edit) -> None:
         edit.replace(node, new)
 
 
-def _order(node: fx.Node) -> list[int]:
-    rank = node.meta["val"].ndim
-    if node.target is aten.permute.default:
-        return [a % rank for a in node.args[1]]  # type: ignore[union-attr,operator]
-    order = list(range(rank))
-    a, b = node.args[1:3]
-    order[a], order[b] = order[b], order[a]  # type: ignore[index]
-    return order
-
-
 def slice_constant_index(edit: Edit) -> None:
     """x[:, [2, 3]] is x[:, 2:4]."""
-    for node in edit.calls(aten.index.Tensor):
-        x, indices = node.args
-        given = [(i, n) for i, n in enumerate(indices) if n is not None]  # type: ignore
-        if len(given) != 1 or edit.param_of(given[0][1]) is None:
+    for node in edit.calls(aten.index.Tensor, aten.index_select.default):
+        found = _constant_index(edit, node)
+        if found is None:
             continue
-        axis, where = given[0][0], edit.tensor(given[0][1])  # type: ignore[arg-type]
-        size = shape_of(x)[axis]  # type: ignore[arg-type]
-        if where.ndim != 1 or where.dtype != torch.int64 or not isinstance(size, int):
+        axis, where = found
+        size = shape_of(node.args[0])[axis]  # type: ignore[arg-type]
+        if where.ndim != 1 or where.dtype == torch.bool or not isinstance(size, int):
             continue
         chosen = (where % size).tolist()
-        if chosen != list(range(chosen[0], chosen[0] + len(chosen))):
+        if not chosen or chosen != list(range(chosen[0], chosen[0] + len(chosen))):
             continue
         edit.spend("an index that counts up is a slice", node)
-        args = (x, axis, chosen[0], chosen[0] + len(chosen))
+        args = (node.args[0], axis, chosen[0], chosen[0] + len(chosen))
         edit.replace(node, edit.call(aten.slice.Tensor, *args, like=node, replaces=[node]))
+
+
+def _constant_index(edit: Edit, node: fx.Node) -> tuple[int, torch.Tensor] | None:
+    """(axis, indices), if `node` picks along one axis what a parameter says."""
+    if node.target is aten.index_select.default:
+        given = [(node.args[1], node.args[2])]
+    else:
+        given = [(i, n) for i, n in enumerate(node.args[1]) if n is not None]  # type: ignore
+    if len(given) != 1 or edit.param_of(given[0][1]) is None:
+        return None
+    axis, where = given[0]
+    return axis % node.meta["val"].ndim, edit.tensor(where)  # type: ignore
 
 
 def slice_fused(edit: Edit) -> None:

@@ -11,7 +11,17 @@ from torch import fx
 from torch.fx.node import Argument
 
 from qcompiler.edit import Edit
-from qcompiler.passes.canonicalize.tidy import CASTS
+from qcompiler.passes.canonicalize.match import (
+    ADD,
+    DIV,
+    as_type,
+    is_call,
+    is_number,
+    is_product,
+    operands,
+    uncast,
+    with_number,
+)
 
 aten = torch.ops.aten
 
@@ -20,7 +30,7 @@ def raise_rms_core(edit: Edit) -> None:
     """x · rsqrt(mean(x², -1) + eps), and its spellings with sqrt, reciprocal and pow."""
     for node in edit.calls(aten.mul.Tensor, aten.div.Tensor):
         for x, factor in operands(node):
-            eps = _inverse_rms(node, x, factor)
+            eps = _inverse_rms(edit, node, x, factor)
             if eps is not None:
                 size = x.meta["val"].shape[-1]
                 edit.spend("x / sqrt(mean(x²) + eps) is an RMSNorm", node)
@@ -62,7 +72,7 @@ def absorb_gain(edit: Edit) -> None:
                 continue
             if rest and norm.target is aten.layer_norm.default and rest[0] is not None:
                 continue  # the bias is added before this factor
-            x = _as_type(x, node)
+            x = as_type(x, node)
             if x is None:
                 edit.skip(node, "the gain changes the type of the norm's output")
                 continue
@@ -93,68 +103,32 @@ def _padded(node: fx.Node, count: int) -> tuple[Argument, ...]:
     return (*node.args, *[None] * (count - len(node.args)))
 
 
-def operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The two tensor operands of a binary call, in both orders (division: as written)."""
-    if len(node.args) < 2 or not all(isinstance(a, fx.Node) for a in node.args[:2]):
-        return []
-    a, b = node.args[:2]
-    both = [(a, b)] if node.target is aten.div.Tensor else [(a, b), (b, a)]
-    return both  # type: ignore[return-value]
-
-
-def is_call(node: object, *targets: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def uncast(node: fx.Node) -> fx.Node:
-    """The value behind casts between floating point types."""
-    while node.op == "call_function" and node.target in CASTS:
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or not source.meta["val"].is_floating_point():
-            break
-        if not node.meta["val"].is_floating_point():
-            break
-        node = source
-    return node
-
-
-def _as_type(x: fx.Node, like: fx.Node) -> fx.Node | None:
-    """`x`, or the value that it was cast from, in the type of `like`."""
-    for value in (x, uncast(x)):
-        if value.meta["val"].dtype == like.meta["val"].dtype:
-            return value
-    return None
-
-
-def _inverse_rms(node: fx.Node, x: fx.Node, factor: fx.Node) -> float | None:
+def _inverse_rms(edit: Edit, node: fx.Node, x: fx.Node, factor: fx.Node) -> float | None:
     """eps, if `node` is x / sqrt(mean(x²) + eps) with that `factor`."""
-    if node.target is aten.div.Tensor:
-        root = factor
-        if not is_call(root, aten.sqrt.default):
-            return None
-    elif is_call(factor, aten.rsqrt.default) or (
-        is_call(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5
-    ):
-        root = factor
-    elif is_call(factor, aten.reciprocal.default) and is_call(factor.args[0], aten.sqrt.default):
-        root = factor.args[0]  # type: ignore[assignment]
-    else:
+    total = _under_root(factor) if node.target is aten.div.Tensor else _under_inverse(edit, factor)
+    found = with_number(edit, total, *ADD)
+    if found is None or not is_call(found[0], aten.mean.dim) or not _last_axis(found[0]):
         return None
-    total = root.args[0]
-    if not is_call(total, aten.add.Tensor, aten.add.Scalar):
-        return None
-    mean, eps = total.args  # type: ignore[union-attr]
-    if not is_call(mean, aten.mean.dim) or not isinstance(eps, float) or not _last_axis(mean):
-        return None
-    square = mean.args[0]
-    squared = (
-        square.args[0]
-        if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
-        else square.args[0]
-        if is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]
-        else None
+    mean, eps = found
+    return eps if is_product(edit, mean.args[0], 1, x, x) else None  # type: ignore[arg-type]
+
+
+def _under_root(node: object) -> object:
+    """x, if `node` is √x."""
+    root = is_call(node, aten.sqrt.default) or (
+        is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5  # type: ignore[attr-defined]
     )
-    return eps if squared is x else None
+    return node.args[0] if root else None  # type: ignore[attr-defined]
+
+
+def _under_inverse(edit: Edit, node: fx.Node) -> object:
+    """x, if `node` is 1 / √x."""
+    power = is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5
+    if power or is_call(node, aten.rsqrt.default):
+        return node.args[0]
+    if is_call(node, *DIV) and is_number(edit, node.args[0], 1):
+        return _under_root(node.args[1])
+    return _under_root(node.args[0]) if is_call(node, aten.reciprocal.default) else None
 
 
 def _last_axis(mean: object) -> bool:

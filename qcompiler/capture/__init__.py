@@ -6,6 +6,7 @@ what                   how
 `torch.nn.Module`      exported (non-strict) with dynamic batch and sequence, see `module.py`
 folder                 a Hugging Face model: `config.json` and safetensors, see `folder.py`
 `file.pt2`             an exported program that somebody saved
+`file.onnx`            an ONNX model of anybody's, interpreted node by node, see `onnx/`
 `module:factory`       a Python factory that returns a module, or (module, example inputs)
 =====================  ===========================================================================
 """
@@ -35,7 +36,7 @@ class Source:
     """Where a program came from: enough to load the float model again."""
 
     kind: str
-    """`module`, `exported`, `folder`, `pt2` or `factory`."""
+    """`module`, `exported`, `folder`, `pt2`, `onnx` or `factory`."""
     place: str = ""
     """Absolute path, or `module:factory`; empty for objects handed over in Python."""
 
@@ -81,13 +82,29 @@ def open_model(
         exported = _load_pt2(path)
         source = Source("pt2", str(path.resolve()))
         return from_exported(exported), source, _example_of(exported, example_inputs)
+    if path.suffix == ".onnx":
+        return _open_onnx(path, example_inputs, dynamic)
     if ":" in str(model) and not path.exists():
         made, given = _load_factory(str(model), example_inputs)
         return export_module(made, given, dynamic), Source("factory", str(model)), given
     raise BadInput(
         f"{str(model)!r} is no model: expected a folder with config.json and safetensors, a .pt2 "
-        "file or module:factory" + ("" if path.exists() else "; nothing exists at that path")
+        "or .onnx file, or module:factory"
+        + ("" if path.exists() else "; nothing exists at that path")
     )
+
+
+def _open_onnx(
+    path: Path, example_inputs: object, dynamic: Dynamic
+) -> tuple[Program, Source, object]:
+    try:
+        from qcompiler.capture.onnx import load_onnx
+    except ImportError as error:
+        raise BadInput(
+            f"reading ONNX files needs {error.name}; pip install 'qcompiler[onnx]'"
+        ) from error
+    program, example = load_onnx(path, example_inputs, dynamic)
+    return program, Source("onnx", str(path.resolve())), example
 
 
 def _load_pt2(path: Path) -> torch.export.ExportedProgram:

@@ -6,6 +6,7 @@ The raw exported graph is kept, not a decomposed one: it is the level of `linear
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -37,11 +38,16 @@ ASSERTIONS = {
 
 
 def from_exported(
-    exported: torch.export.ExportedProgram, names: tuple[str, ...] = (), note: str = ""
+    exported: torch.export.ExportedProgram,
+    names: tuple[str, ...] = (),
+    note: str = "",
+    params: Mapping[str, str] | None = None,
+    scope_key: str = "",
 ) -> Program:
     """Turn `exported` into a `Program`; its tensors are shared, its graph is copied.
 
-    `names` are the positional parameters of the source's forward.
+    `names` are the positional parameters of the source's forward, `params` the source's own names
+    of parameters. A node's scope is its module path, or what `meta["custom"][scope_key]` says.
     """
     exported = functionalize(exported)
     graph, _ = copy_graph(exported.graph)
@@ -50,15 +56,15 @@ def from_exported(
     for node in list(graph.nodes):
         if node.target in ASSERTIONS:  # our own signature checks the inputs at each call
             graph.erase_node(node)
-    slots, params = _lift(copies, exported)
+    slots, tensors = _lift(copies, exported, params or {})
     _drop_dead(graph, {copies[s.arg.name] for s in _user_inputs(exported)})
     slots = {n.name: slots[n.name] for n in graph.nodes if n.name in slots}
     counters: dict[str, int] = {}
     for node in graph.nodes:
-        _tag(node, slots, counters)
+        _tag(node, slots, counters, scope_key)
     program = Program(
         graph=graph,
-        params={name: params[name] for name in slots.values()},
+        params={name: tensors[name] for name in slots.values()},
         slots=slots,
         io=_signature(exported, copies, names),
         counters=counters,
@@ -73,7 +79,7 @@ def _user_inputs(exported: torch.export.ExportedProgram) -> list[InputSpec]:
 
 
 def _lift(
-    copies: dict[str, fx.Node], exported: torch.export.ExportedProgram
+    copies: dict[str, fx.Node], exported: torch.export.ExportedProgram, names: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Slots and parameters. Names that share one tensor become one parameter: ties are a fact."""
     slots: dict[str, str] = {}
@@ -95,7 +101,8 @@ def _lift(
             node.replace_all_uses_with(first[key])
             continue
         first[key] = node
-        slots[node.name] = spec.target or spec.arg.name
+        target = spec.target or spec.arg.name
+        slots[node.name] = names.get(target, target)
         params[slots[node.name]] = value.detach()
     return slots, params
 
@@ -107,9 +114,11 @@ def _drop_dead(graph: fx.Graph, inputs: set[fx.Node]) -> None:
             graph.erase_node(node)
 
 
-def _tag(node: fx.Node, slots: dict[str, str], counters: dict[str, int]) -> None:
+def _tag(node: fx.Node, slots: dict[str, str], counters: dict[str, int], scope_key: str) -> None:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     scope = str(stack[-1][0]) if stack else ""
+    if scope_key:
+        scope = str(node.meta.get("custom", {}).get(scope_key, ""))
     if scope.startswith("_empty_nn_module_stack"):  # torch's own mark for "made by the exporter"
         scope = ""
     if node.op == "placeholder":

@@ -1,4 +1,4 @@
-"""From a rewritten program to an exported one, which the ONNX exporter reads."""
+"""From a draft to an exported program, which torch's ONNX exporter reads."""
 
 from __future__ import annotations
 
@@ -8,31 +8,27 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
-from qcompiler.backends.onnxruntime.rewrite import Rewriter
 from qcompiler.errors import BackendError
-from qcompiler.io import Signature
+from qcompiler.export.draft import Draft
+from qcompiler.io import Port, Signature
 from qcompiler.program import Program, is_tensor, node_id
 from qcompiler.samples import random_inputs
 
 
-def trace(rewriter: Rewriter, program: Program) -> torch.export.ExportedProgram:
-    """The rewritten graph as a function of the tensor inputs, with ids in `meta["custom"]`."""
+def trace(draft: Draft, program: Program, float32: bool) -> torch.export.ExportedProgram:
+    """The draft as a function of the tensor inputs, with ids in `meta["custom"]`."""
     tensors = [x for x in random_inputs(program.io, 1) if isinstance(x, Tensor)]
 
     def bounded(name: str) -> object:
         low, high = program.io.dims[name]
         return torch.export.Dim.DYNAMIC(min=low, max=high)
 
-    module = _Module(rewriter, program)
-    try:
-        return torch.export.export(
-            module,
-            tuple(x.float() if x.is_floating_point() else x for x in tensors),
-            dynamic_shapes=dynamic_axes(program.io, bounded),
-            strict=False,
-        )
-    except Exception as error:  # whatever the tracer stumbles over, told with its node
-        raise blame(rewriter.graph, error) from error
+    return torch.export.export(
+        _Module(draft, program.io.ports, tensor_outputs(program)),
+        tuple(x.float() if float32 and x.is_floating_point() else x for x in tensors),
+        dynamic_shapes=dynamic_axes(program.io, bounded),
+        strict=False,
+    )
 
 
 def dynamic_axes(
@@ -47,20 +43,18 @@ def dynamic_axes(
     )
 
 
-def output_numbers(program: Program) -> dict[int, int]:
-    """Position of a tensor in the program's outputs → its number among the ONNX outputs."""
-    numbers: dict[fx.Node, int] = {}
-    positions = {}
+def tensor_outputs(program: Program) -> tuple[int, ...]:
+    """Positions of the program's outputs that are tensors: the outputs of the file, in order."""
+    found = []
     for position, value in enumerate(outputs_of(program)):
         if is_tensor(value):
-            assert isinstance(value, fx.Node)
-            positions[position] = numbers.setdefault(value, len(numbers))
+            found.append(position)
         elif isinstance(value, fx.Node):
             raise BackendError(
                 f"output {position} ({node_id(value)}) is a number, not a tensor; an ONNX model "
                 "yields tensors only. Let the model return tensors, or use --backend reference"
             )
-    return positions
+    return tuple(found)
 
 
 def outputs_of(program: Program) -> tuple[object, ...]:
@@ -71,20 +65,19 @@ def outputs_of(program: Program) -> tuple[object, ...]:
     return tuple(values)
 
 
-def blame(graph: fx.Graph, error: Exception) -> BackendError:
+def blame(target: str, graph: fx.Graph, error: Exception) -> BackendError:
     """The error for `error`, with the id of the node of `graph` that its text names."""
     causes = [error]
     while isinstance(cause := causes[-1].__cause__, Exception):
         causes.append(cause)
+    where = "the program"
     for node in graph.nodes:
         if node.meta.get("custom") and any(f"%{node.name} :" in str(e) for e in causes):
-            return BackendError(
-                f"onnxruntime: node {node.meta['custom']['id']} ({node.target}) cannot be written "
-                f"as ONNX: {first_line(causes[-1])}; compile with --backend reference"
-            )
+            where = f"node {node.meta['custom']['id']} ({node.target})"
+            break
     return BackendError(
-        f"onnxruntime: the program cannot be written as ONNX: {first_line(causes[-1])}; "
-        "compile with --backend reference"
+        f"{target}: {where} cannot be written as ONNX: {first_line(causes[-1])}; "
+        "write that part of the model in other operators, or run it with --backend reference"
     )
 
 
@@ -94,15 +87,15 @@ def first_line(error: BaseException) -> str:
 
 
 class _Module(nn.Module):
-    """The rewritten graph as a module of its tensors, run node by node so that ids survive."""
+    """A draft as a module of its tensors, run node by node so that ids survive."""
 
-    def __init__(self, rewriter: Rewriter, program: Program) -> None:
+    def __init__(self, draft: Draft, ports: tuple[Port, ...], outputs: tuple[int, ...]) -> None:
         super().__init__()
-        for name, tensor in rewriter.tensors.items():
+        for name, tensor in draft.tensors.items():
             self.register_buffer(name, tensor)
-        self._runner = fx.Interpreter(fx.GraphModule(nn.Module(), rewriter.graph))
-        self._ports = program.io.ports
-        self._picked = {number: at for at, number in output_numbers(program).items()}
+        self._runner = fx.Interpreter(fx.GraphModule(nn.Module(), draft.graph))
+        self._ports = ports
+        self._outputs = outputs
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = iter(inputs)
@@ -115,4 +108,4 @@ class _Module(nn.Module):
         ]
         with preserve_node_meta():
             outputs = self._runner.run(*values)
-        return tuple(outputs[at] for at in self._picked.values())
+        return tuple(outputs[at] for at in self._outputs)

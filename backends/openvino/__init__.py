@@ -1,0 +1,72 @@
+"""OpenVINO: the quantized program as a standard ONNX file, executed by OpenVINO on the CPU.
+
+`session.py` runs it. Needs `pip install 'qcompiler[openvino]'`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcompiler.backend import Artifact, Backend
+from qcompiler.export import NEEDS, Dialect, missing_packages
+from qcompiler.export.draft import Draft
+from qcompiler.formats import Scheme
+from qcompiler.ops import dequantize_packed
+from qcompiler.program import Program
+from qcompiler.sites import Site
+
+aten = torch.ops.aten
+BY_ROWS = {aten.linear.default, aten.reshape.default}
+"""Readers of a stored weight that keep its groups along what is summed."""
+
+
+class OpenVinoDialect(Dialect):
+    """Standard operators, all in float32: what OpenVINO computes in on a CPU, when it is exact."""
+
+    name: ClassVar[str] = "openvino"
+    float32: ClassVar[bool] = True
+
+    def dequantize(self, draft: Draft, node: fx.Node) -> None:
+        """OpenVINO (2026.4) takes groups along the columns of a product for groups of its rows:
+        it refuses the model, or divides by zero. Such a weight is written in floating point."""
+        weight = self.weight(draft, node)
+        grouped = weight is not None and weight.scale.shape[1] > 1
+        if weight is None or not grouped or {u.target for u in node.users} <= BY_ROWS:
+            super().dequantize(draft, node)
+            return
+        stored = (draft.param(a) for a in node.args[:3])
+        value = dequantize_packed(*stored, *node.args[3:])
+        floats = draft.constant(f"{weight.name}.floats", value)
+        node.replace_all_uses_with(floats)
+
+
+class OpenVinoBackend(Backend):
+    """ONNX files for OpenVINO's CPU plug-in."""
+
+    name: ClassVar[str] = "openvino"
+    summary: ClassVar[str] = "a standard ONNX file, run by OpenVINO on the CPU"
+    tolerance: ClassVar[float] = 2e-2
+
+    def available(self) -> str | None:
+        return missing_packages((*NEEDS, "openvino"), "onnx,openvino")
+
+    def refuses(self, site: Site, scheme: Scheme) -> str | None:
+        return None
+
+    @classmethod
+    def dialect(cls) -> type[Dialect]:
+        return OpenVinoDialect
+
+    def build(self, program: Program) -> Artifact:
+        from qcompiler.backends.openvino.session import OpenVinoArtifact
+
+        return OpenVinoArtifact.write(program, OpenVinoDialect())
+
+    def load(self, program: Program, folder: Path) -> Artifact:
+        from qcompiler.backends.openvino.session import OpenVinoArtifact
+
+        return OpenVinoArtifact(program, folder)

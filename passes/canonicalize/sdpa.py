@@ -1,0 +1,200 @@
+"""Attention that a source spelled out, as one operator.
+
+    softmax(c q kᵀ + mask) v                                    (Vaswani et al. 2017, eq. 1)
+
+Factors on q, on kᵀ and on the scores become one scale; kᵀ may be any permutation of k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from qcompiler.edit import Edit
+from qcompiler.passes.canonicalize.layout import order_of, turned
+from qcompiler.passes.canonicalize.masks import (
+    HUGE,
+    choice,
+    filled,
+    fits,
+    kept_by,
+    leaves_some,
+    unbounded,
+)
+from qcompiler.passes.canonicalize.match import (
+    ADD,
+    as_type,
+    is_call,
+    is_number,
+    operands,
+    uncast,
+    unscaled,
+)
+from qcompiler.passes.canonicalize.tidy import same_size
+from qcompiler.program import shape_of
+
+aten = torch.ops.aten
+
+INFINITE = float("-inf")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """scale · q kᵀ, with masks."""
+
+    product: fx.Node
+    """q kᵀ"""
+    scale: float = 1.0
+    added: fx.Node | None = None
+    """Summand of the scores."""
+    kept: tuple[fx.Node, bool, float] | None = None
+    """(condition, c, f): the scores are f where the condition is not c."""
+
+
+def raise_attention(edit: Edit) -> None:
+    """The equation above, where q, k and v have a batch and heads."""
+    infinite: set[fx.Node] | None = None
+    for node in edit.calls(aten.matmul.default):
+        weights, value = node.args
+        p, guarded = _unguarded(edit, weights)  # type: ignore[arg-type]
+        if not is_call(p, aten.softmax.int, aten._softmax.default) or value.meta["val"].ndim != 4:  # type: ignore[union-attr]
+            continue
+        if p.args[1] not in (-1, p.meta["val"].ndim - 1):
+            continue
+        scores = _scores(edit, p.args[0])  # type: ignore[arg-type]
+        if scores is None or not _same_heads(scores.product, value):  # type: ignore[arg-type]
+            continue
+        infinite = unbounded(edit) if infinite is None else infinite
+        q, kt = (_operand(edit, x, node) for x in scores.product.args)
+        why = _hidden_rows(edit, scores, guarded, infinite) or _unfit(scores, node)
+        if q is None or kt is None:
+            why = f"its operands are not all {node.meta['val'].dtype}"
+        if why:
+            edit.skip(node, why)
+            continue
+        edit.spend("softmax(c q kᵀ + mask) v is attention", node)
+        _raise(edit, node, scores, q, kt, value)  # type: ignore[arg-type]
+
+
+def _unguarded(edit: Edit, node: fx.Node) -> tuple[fx.Node, bool]:
+    """The probabilities behind a replacement of NaN by 0, and whether there is one."""
+    node = uncast(node)
+    found = choice(node)
+    if found is not None and is_number(edit, found[1], 0) and isinstance(found[2], fx.Node):
+        condition, _, p = found
+        if is_call(condition, aten.isnan.default) and condition.args[0] is p:
+            return uncast(p), True
+    return node, False
+
+
+def _scores(edit: Edit, node: object) -> Scores | None:
+    if not isinstance(node, fx.Node):
+        return None
+    scale, node = unscaled(edit, uncast(node))
+    if scale != 1:
+        inner = _scores(edit, node)
+        plain = inner is not None and inner.added is None and inner.kept is None
+        return replace(inner, scale=inner.scale * scale) if plain else None  # type: ignore
+    if is_call(node, aten.matmul.default):
+        return Scores(node)
+    if is_call(node, *ADD) and not node.kwargs:
+        for part, mask in operands(node):
+            inner = _scores(edit, part)
+            if inner is not None and inner.added is None and inner.kept is None:
+                return _masked(edit, inner, mask)
+        return None
+    found = filled(edit, node)
+    if found is None:
+        return None
+    x, condition, kept, fill = found
+    inner = _scores(edit, x)
+    if inner is None or inner.kept is not None or not fill <= -HUGE:
+        return None
+    return replace(inner, kept=(condition, kept, fill))
+
+
+def _masked(edit: Edit, scores: Scores, mask: fx.Node) -> Scores:
+    condition = kept_by(edit, mask)
+    if condition is None:
+        return replace(scores, added=mask)
+    return replace(scores, kept=(*condition, INFINITE))
+
+
+def _same_heads(product: fx.Node, value: fx.Node) -> bool:
+    """Whether q, kᵀ and v have the same batch and heads, nothing broadcast."""
+    q, kt = product.args
+    shapes = [shape_of(x) for x in (q, kt, value)]  # type: ignore[arg-type]
+    same = (same_size(s[i], shapes[0][i]) for s in shapes for i in (0, 1))
+    return all(len(s) == 4 for s in shapes) and all(same)
+
+
+def _hidden_rows(edit: Edit, scores: Scores, guarded: bool, infinite: set[fx.Node]) -> str | None:
+    """Why attention would differ where a mask hides a whole row."""
+    hides = scores.added in infinite
+    if scores.kept is not None and scores.kept[2] == INFINITE:
+        hides = hides or not leaves_some(edit, *scores.kept[:2])
+    if hides and not guarded:
+        return "a row that the mask hides entirely is NaN here, and zero in attention"
+    return None
+
+
+def _unfit(scores: Scores, node: fx.Node) -> str | None:
+    """Why the masks cannot be an operand of attention in the type of `node`."""
+    dtype = node.meta["val"].dtype
+    if scores.added is not None and scores.kept is not None:
+        return "a mask is added to the scores and another one replaces some"
+    for mask in (scores.added, scores.kept[0] if scores.kept else None):
+        if mask is not None and not fits(mask, scores.product):
+            return "the mask has more axes than the scores"
+    if scores.added is not None and scores.added.meta["val"].dtype != dtype:
+        return f"its mask is not {dtype}"
+    return None
+
+
+def _operand(edit: Edit, x: object, like: fx.Node) -> tuple[float, fx.Node] | None:
+    """(c, q) with `x` = c q, in the type of `like`."""
+    found = as_type(x, like)  # type: ignore[arg-type]
+    scale, core = (1.0, None) if found is None else unscaled(edit, found)
+    same = core is not None and core.meta["val"].dtype == like.meta["val"].dtype
+    return (scale, core) if same else None  # type: ignore[return-value]
+
+
+def _raise(
+    edit: Edit,
+    node: fx.Node,
+    scores: Scores,
+    query: tuple[float, fx.Node],
+    key: tuple[float, fx.Node],
+    value: fx.Node,
+) -> None:
+    k_scale, k = _transposed(edit, key[1], node)
+    mask = _mask(edit, scores, node)
+    scale = scores.scale * query[0] * key[0] * k_scale
+    args = (query[1], k, value, mask, 0.0, False)
+    target = aten.scaled_dot_product_attention.default
+    edit.replace(node, edit.call(target, *args, like=node, replaces=[node], scale=scale))
+
+
+def _transposed(edit: Edit, kt: fx.Node, like: fx.Node) -> tuple[float, fx.Node]:
+    """(c, k) with `kt` = c kᵀ."""
+    order, scale = order_of(kt) or [0, 1, 2, 3], 1.0
+    if order_of(kt) is not None:
+        scale, kt = unscaled(edit, kt.args[0])  # type: ignore[arg-type]
+    order[2], order[3] = order[3], order[2]
+    return scale, turned(edit, kt, order, like)
+
+
+def _mask(edit: Edit, scores: Scores, like: fx.Node) -> fx.Node | None:
+    if scores.kept is None:
+        return scores.added
+    condition, kept, fill = scores.kept
+    if fill == INFINITE:
+        return condition if kept else edit.call(aten.logical_not.default, condition, like=like)
+    values = (0.0, fill) if kept else (fill, 0.0)
+    mask = edit.call(aten.where.Scalar, condition, *values, like=like)
+    dtype = like.meta["val"].dtype
+    if mask.meta["val"].dtype != dtype:
+        mask = edit.call(aten.to.dtype, mask, dtype, like=like)
+    return mask

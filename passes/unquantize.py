@@ -1,0 +1,66 @@
+"""Back to floating point, with the numbers that the quantized program has.
+
+    dequantize(Q, s, z)  →  W = (Q - z) · s                fake_quantize(x)  →  x
+
+So that a model that somebody else quantized can be rotated, smoothed and quantized anew; what its
+rounding lost is lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcompiler.edit import Edit
+from qcompiler.facts import Facts
+from qcompiler.history import Effect
+from qcompiler.passbase import Pass
+from qcompiler.program import node_id
+
+aten = torch.ops.aten
+qc = torch.ops.qc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unquantize(Pass):
+    """Stored integers become floating point weights, and activations are no longer rounded."""
+
+    name: ClassVar[str] = "unquantize"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    makes: ClassVar[tuple[str, ...]] = ("weights",)
+    destroys: ClassVar[tuple[str, ...]] = ("plan",)
+
+    weights: bool = True
+    activations: bool = True
+    budget: float = 1.0
+    """Largest relative error of an output against the program before."""
+
+    def tolerance(self, facts: Facts) -> float:
+        return self.budget
+
+    def run(self, edit: Edit, facts: Facts) -> None:
+        for node in edit.calls(qc.dequantize.default) if self.weights else ():
+            if edit.is_weight(node):
+                _store(edit, facts, node)
+        for node in edit.calls(qc.fake_quantize.default) if self.activations else ():
+            x = node.args[0]
+            assert isinstance(x, fx.Node)
+            edit.spend("goes on in floating point", node)
+            edit.replace(node, x)
+
+
+def _store(edit: Edit, facts: Facts, node: fx.Node) -> None:
+    """One parameter for a stored weight, in the shape in which it is read."""
+    last = node
+    while len(last.users) == 1 and (user := next(iter(last.users))).target is aten.reshape.default:
+        last = user
+    value = facts.value(last)
+    data = node.args[0]
+    assert value is not None and isinstance(data, fx.Node)
+    name = node_id(data).removesuffix(".data")
+    edit.spend(f"{name} in floating point, as it was rounded", last)
+    param = edit.new_param(name, value.to(last.meta["val"].dtype).contiguous(), like=data)
+    edit.replace(last, param)

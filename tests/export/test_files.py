@@ -1,0 +1,144 @@
+"""What a file keeps of the program, and how it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+
+import qcompiler
+from qcompiler.backends.onnxruntime.session import OnnxArtifact
+from qcompiler.cli import main
+from qcompiler.export import write
+from qcompiler.program import node_id
+
+Captured = Callable[..., tuple[torch.nn.Module, object, qcompiler.Program]]
+
+
+class Outputs(torch.nn.Module):
+    """Outputs that appear twice, are inputs, weights or no tensors, and have an input's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        y = x @ self.weight
+        return {"y": y, "weight": self.weight, "x": x, "n": [y, y + 1], "none": None}
+
+
+def test_every_output_has_a_name_of_its_own(tmp_path: Path) -> None:
+    program = qcompiler.capture(Outputs(), torch.randn(2, 4))
+    assert program.io.output_names == ("y", "weight", "x.out", "n.0", "n.1", "none")
+    file = qcompiler.export_onnx(program, tmp_path / "model.onnx")
+    onnx.checker.check_model(file, full_check=True)
+    names = [o.name for o in onnx.load(file).graph.output]
+    assert names == ["y", "weight", "x.out", "n.0", "n.1"]
+    x = torch.randn(3, 4)
+    found, wanted = OnnxArtifact(program, tmp_path).run((x,)), program.flat((x,))
+    assert found[5] is None
+    torch.testing.assert_close(found[:5], wanted[:5])
+
+
+def test_names_sizes_ids_and_metadata(captured: Captured, tmp_path: Path) -> None:
+    _, _, program = captured("bert")
+    model = onnx.load(qcompiler.export_onnx(program, tmp_path / "model.onnx"))
+    shapes = {
+        i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim)
+        for i in model.graph.input
+    }
+    assert shapes == {p.name: p.shape for p in program.io.tensors}
+    assert [o.name for o in model.graph.output] == ["last_hidden_state", "pooler_output"]
+    batch = model.graph.output[0].type.tensor_type.shape.dim[0].dim_param
+    assert batch in program.io.dims
+    ids = {p.value for n in model.graph.node for p in n.metadata_props if p.key == "qcompiler.id"}
+    assert ids <= {node_id(n) for n in program.nodes}
+    assert {i for i in program.by_id if "layer_norm" in i or "linear" in i} <= ids
+    weights = {i.name for i in model.graph.initializer}
+    assert {n for n in program.params if n.endswith("bias")} <= weights
+    about = {p.key: p.value for p in model.metadata_props}
+    assert about["qcompiler.target"] == "onnx" and int(about["qcompiler.bytes"]) > 0
+    assert model.producer_name == "qcompiler"
+
+
+def test_large_weights_go_beside_the_file(
+    captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, program = captured("cnn")
+    monkeypatch.setattr(write, "LIMIT", 1000)
+    file = qcompiler.export_onnx(program, tmp_path / "model.onnx")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    onnx.checker.check_model(file, full_check=True)
+    inputs = (torch.randn(2, 3, 18, 18),)
+    artifact = OnnxArtifact(program, tmp_path)
+    torch.testing.assert_close(artifact.run(inputs), program.flat(inputs), rtol=1e-5, atol=1e-5)
+    (saved := tmp_path / "saved").mkdir()
+    artifact.save(saved)
+    assert (saved / "model.onnx.data").exists()
+
+
+def test_a_failure_leaves_the_old_file(
+    captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, program = captured("cnn")
+    file = tmp_path / "model.onnx"
+    file.write_text("old")
+
+    def full(model: object, path: Path, external_data: object) -> None:
+        path.write_text("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(write.ir, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        qcompiler.export_onnx(program, file)
+    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("target", ["cpu", "nonsense"])
+def test_a_target_without_a_dialect_is_named(target: str, captured: Captured) -> None:
+    with pytest.raises(qcompiler.BadInput, match=f"'{target}'.*onnx, onnxruntime, openvino"):
+        qcompiler.export_onnx(captured("cnn")[2], "model.onnx", target=target)
+
+
+def test_no_folder_to_write_to(captured: Captured, tmp_path: Path) -> None:
+    with pytest.raises(qcompiler.BadInput, match="does not exist"):
+        qcompiler.export_onnx(captured("cnn")[2], tmp_path / "nowhere" / "model.onnx")
+    with pytest.raises(qcompiler.BadInput, match="is a folder"):
+        qcompiler.export_onnx(captured("cnn")[2], tmp_path)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    passes = "canonicalize{optional=true},assign{weight=int4:group16 head=same},quantize"
+    module, x = torch.nn.Linear(48, 20), torch.randn(4, 48)
+    compiled = qcompiler.compile(module, x, passes=passes, backend="reference")
+    folder, file = compiled.save(tmp_path / "out"), tmp_path / "model.onnx"
+    for target, domains in (
+        ("onnx", {""}),
+        ("openvino", {""}),
+        ("onnxruntime", {"", "com.microsoft"}),
+    ):
+        arguments = ["export", str(folder), "-o", str(file), "--target", target, "--json"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.output)
+        assert (told["target"], told["opset"]) == (target, 21)
+        assert {o.domain for o in onnx.load(file).opset_import} == domains
+    result = CliRunner().invoke(main, ["export", str(folder), "-o", str(file), "--target", "cpu"])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_artifacts_come_back(backend: str, tmp_path: Path) -> None:
+    passes = "canonicalize{optional=true},assign{weight=int4:group16 head=same},quantize"
+    module, x = torch.nn.Linear(48, 20), torch.randn(4, 48)
+    compiled = qcompiler.compile(module, x, passes=passes, backend=backend)
+    again = qcompiler.load(compiled.save(tmp_path / "out"))
+    assert again.artifact.bytes == compiled.artifact.bytes
+    torch.testing.assert_close(again(x[:3]), compiled.program(x[:3]), rtol=1e-5, atol=1e-5)
+    again.save(tmp_path / "out")  # over the file that it runs from
+    torch.testing.assert_close(again(x[:2]), compiled(x[:2]))

@@ -1,0 +1,103 @@
+"""Files that others wrote are read, run as they do under ONNX Runtime, and rewritten further."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner
+from files import export, export_torchscript, quantize
+from torch import Tensor
+
+import qcompiler
+from qcompiler.check import relative_error
+from qcompiler.cli import main
+from qcompiler.program import Program
+from qcompiler.samples import random_inputs
+from qcompiler.sites import sites
+
+qc = torch.ops.qc
+TOOLS = ("QDQ", "QOperator", "dynamic", "dynamic uint8", "nbits 4", "nbits 8")
+QUANTIZED = {qc.dequantize.default, qc.dequantize_integers.default, qc.fake_quantize.default}
+
+
+def run_exactly(path: Path, program: Program, inputs: tuple[object, ...]) -> tuple[Tensor, ...]:
+    """The file under ONNX Runtime as it is written: nothing fused, nothing saturating."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    named = zip(program.io.ports, inputs, strict=True)
+    feed = {p.name: x.numpy() for p, x in named if isinstance(x, Tensor)}
+    return tuple(torch.from_numpy(y) for y in session.run(None, feed))
+
+
+@pytest.mark.parametrize("how", TOOLS)
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_quantized_by_onnxruntime(name: str, how: str, tmp_path: Path) -> None:
+    source, path = tmp_path / "float.onnx", tmp_path / "quantized.onnx"
+    export(name, source, opset=20 if "nbits" not in how else 21)
+    exact = qcompiler.capture(source)
+    batches = [random_inputs(exact.io, seed) for seed in range(4)]
+    named = [{p.name: x.numpy() for p, x in zip(exact.io.ports, b, strict=True)} for b in batches]
+    quantize(how, source, path, named)
+
+    program = qcompiler.capture(path)
+    inputs = random_inputs(program.io, 5)
+    want, found = run_exactly(path, program, inputs), program.flat(inputs)
+    rounding = relative_error(exact.flat(inputs), want)
+    # A last bit that turns a rounding the other way costs as much as rounding, elsewhere nothing.
+    assert relative_error(want, found) <= max(0.3 * rounding, 1e-5)
+
+    adopted = qcompiler.compile(path, passes="canonicalize{optional=true},adopt", backend="cpu")
+    assert relative_error(found, adopted.artifact.run(inputs)) <= max(0.3 * rounding, 1e-4)
+    plan = adopted.program.plan
+    if (name, how[:5]) != ("resnet", "nbits"):  # it has no matrix product with a weight to speak of
+        assert sum(s.weight is not None for s in plan.values()) >= 2
+    assert adopted.program.bytes < 0.6 * exact.bytes or "nbits" in how or name == "resnet"
+
+    again = qcompiler.compile(
+        path,
+        passes="canonicalize{optional=true},unquantize{optional=true},smooth{optional=true},"
+        "fold{optional=true},assign{weight=int8:channel activation=int8:token:dynamic},quantize",
+        backend="reference",
+        data=[b for b in batches],
+    )
+    stored = [s for s in sites(again.program.nodes) if s.id in again.program.plan]
+    assert stored and all(s.weight.target is not qc.dequantize_integers.default for s in stored)
+    assert relative_error(found, again.artifact.run(inputs)) <= 2 * rounding + 0.05
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17])
+@pytest.mark.parametrize("name", ["bert", "vit", "resnet"])
+def test_exported_by_torchscript(name: str, opset: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model, example = export_torchscript(name, path, opset)
+    program = qcompiler.capture(path)
+    inputs = random_inputs(program.io, 5)
+    with torch.no_grad():
+        want = model(**dict(zip(example, inputs, strict=True))).logits
+    assert relative_error((want,), program.flat(inputs)) <= 1e-5
+
+    out = tmp_path / "out"
+    runner = CliRunner()
+    args = ["compile", str(path), "--recipe", "w8a8-dynamic", "--backend", "reference"]
+    made = runner.invoke(main, [*args, "-o", str(out)])
+    assert made.exit_code == 0, made.output
+    shown = runner.invoke(main, ["diff", str(path), str(out), "--json"])
+    assert shown.exit_code == 0, shown.output
+    change = json.loads(shown.output)
+    names = {node.name for node in _nodes(path)}
+    rewired = {id.rpartition("/")[0] for id in (*change["rewired"], *change["removed"])}
+    assert rewired and rewired <= names
+    assert change["precision"]
+
+
+def _nodes(path: Path) -> list:
+    import onnx
+
+    return list(onnx.load(path).graph.node)
