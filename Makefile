@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test test-all check bench architectures clean
+.PHONY: demo test test-all check bench architectures operators clean
 
 demo: $(STAMP)  ## compile the tiny Llama with outliers and measure what came of it
 	$(BIN)/python examples/demo.py
@@ -24,8 +24,12 @@ bench: $(STAMP)  ## speed beside other tools, and what a compilation costs (half
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/compile.py
 
-architectures: $(STAMP)  ## docs/architectures.md, from the models of tests/architectures
+architectures: $(STAMP)  ## docs/architectures.md and docs/onnx_models.md, from the models of the tests
 	$(BIN)/python tests/architectures/table.py
+	$(BIN)/python tests/onnx_in/table.py
+
+operators: $(STAMP)  ## docs/onnx_operators.md, from the node tests of the package onnx
+	$(BIN)/python tests/onnx_backend/survey.py --write
 
 # torch first and pinned: without it, a package that asks for torch brings several GB of CUDA.
 $(STAMP): pyproject.toml constraints.txt

@@ -1,9 +1,9 @@
 """Back to floating point, with the numbers that the quantized program has.
 
-    dequantize(Q, s, z)  →  W = (Q - z) · s                fake_quantize(x)  →  x
+    dequantize(Q, s, z)  →  W = (Q - z) · s        fake_quantize(x)  →  x, or relu(x)
 
 So that a model that somebody else quantized can be rotated, smoothed and quantized anew; what its
-rounding lost is lost.
+rounding lost is lost. A range that begins at zero stands for a Relu, which quantizers leave out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import fx
 
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
+from qcompiler.formats import QFormat
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import node_id
@@ -30,7 +31,6 @@ class Unquantize(Pass):
 
     name: ClassVar[str] = "unquantize"
     effect: ClassVar[Effect] = Effect.LOSSY
-    makes: ClassVar[tuple[str, ...]] = ("weights",)
     destroys: ClassVar[tuple[str, ...]] = ("plan",)
 
     weights: bool = True
@@ -48,8 +48,23 @@ class Unquantize(Pass):
         for node in edit.calls(qc.fake_quantize.default) if self.activations else ():
             x = node.args[0]
             assert isinstance(x, fx.Node)
+            if _begins_at_zero(edit, node):
+                edit.spend("its range begins at zero, so that it is a Relu", node)
+                edit.replace(node, edit.call(aten.relu.default, x, like=node, replaces=[node]))
+                continue
             edit.spend("goes on in floating point", node)
             edit.replace(node, x)
+
+
+def _begins_at_zero(edit: Edit, node: fx.Node) -> bool:
+    """Whether a rounding with known scales has no negative number."""
+    fmt = QFormat.parse(str(node.args[1]))
+    if len(node.args) < 3 or node.args[2] is None:
+        return False
+    zero = node.args[3] if len(node.args) > 3 else None
+    if zero is None:
+        return fmt.qmin == 0
+    return edit.param_of(zero) is not None and bool((edit.tensor(zero) == fmt.qmin).all())  # type: ignore[arg-type]
 
 
 def _store(edit: Edit, facts: Facts, node: fx.Node) -> None:

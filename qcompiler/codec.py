@@ -45,6 +45,7 @@ def encode_program(program: Program) -> Json:
         "plan": {id: _encode_scheme(s) for id, s in program.plan.items()},
         "counters": dict(program.counters),
         "maps": dict(program.maps),
+        "metadata": dict(program.metadata),
         "io": _encode_io(program.io),
     }
 
@@ -71,6 +72,7 @@ def decode_program(raw: Json, params: Mapping[str, Tensor]) -> Program:
         plan={id: _decode_scheme(s) for id, s in raw["plan"].items()},
         counters=raw["counters"],
         maps=raw.get("maps", {}),
+        metadata=raw.get("metadata", {}),
     )
     _propagate(program)
     return program

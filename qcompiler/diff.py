@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
 from qcompiler.program import Program, digest, node_id, op_name
@@ -166,8 +167,17 @@ def _arguments(node: fx.Node) -> str:
     return ", ".join(words)
 
 
+def _ordered(tensor: Tensor) -> Tensor:
+    """`tensor` in a type that torch can compare."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    unsigned = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    return tensor.double() if narrow or unsigned else tensor
+
+
 def _param_text(tensor: Tensor) -> ParamText:
-    low, high = (float(v) for v in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
+    low, high = (float(v) for v in _ordered(tensor).aminmax()) if tensor.numel() else (0.0, 0.0)
     return ParamText(
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.check import sqnr_db
 from qcompiler.errors import BadInput
-from qcompiler.io import Signature
 from qcompiler.samples import Flat
 
 Run = Callable[[Flat], tuple[object, ...]]

@@ -99,6 +99,8 @@ class Program:
     maps: Mapping[str, str] = field(default_factory=dict)
     """Parameter → kind of map: any other map of that kind there gives the same function, because
     its inverse stands wherever it is undone. What a later pass may train."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the source file says about itself (author, licence, …); written into exported files."""
 
     # --- reading -------------------------------------------------------------------------------
 

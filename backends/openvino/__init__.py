@@ -15,7 +15,6 @@ from qcompiler.backend import Artifact, Backend
 from qcompiler.export import NEEDS, Dialect, missing_packages
 from qcompiler.export.draft import Draft
 from qcompiler.formats import Scheme
-from qcompiler.ops import dequantize_packed
 from qcompiler.program import Program
 from qcompiler.sites import Site
 
@@ -38,9 +37,9 @@ class OpenVinoDialect(Dialect):
         if weight is None or not grouped or {u.target for u in node.users} <= BY_ROWS:
             super().dequantize(draft, node)
             return
-        stored = (draft.param(a) for a in node.args[:3])
-        value = dequantize_packed(*stored, *node.args[3:])
+        value = weight.floats().reshape(node.meta["val"].shape)
         floats = draft.constant(f"{weight.name}.floats", value)
+        assert floats is not None
         node.replace_all_uses_with(floats)
 
 

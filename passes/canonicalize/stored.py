@@ -87,6 +87,18 @@ def store_weights(edit: Edit) -> None:
         edit.rewire(site.node, site.kind.weight, known[node, turned])
 
 
+def settle_stored(edit: Edit) -> None:
+    """A stored weight's parts are parameters: what a file reshapes first is stored reshaped."""
+    for node in edit.calls(qc.dequantize.default):
+        if edit.is_weight(node) and any(
+            isinstance(n, fx.Node) and edit.param_of(n) is None for n in node.args[:3]
+        ):
+            edit.spend("parts of a stored weight, as they are read", node)
+            parts = [constant(edit, n, node) for n in node.args[:3]]  # type: ignore[arg-type]
+            args = (*parts, *node.args[3:])
+            edit.replace(node, edit.call(node.target, *args, like=node, replaces=[node]))  # type: ignore
+
+
 def _rows(fmt: QFormat, rank: int, turned: bool) -> QFormat | None:
     """`fmt` as a format of the rows (outputs, all else) of a weight; None if it is none."""
     if fmt.block is None:

@@ -35,6 +35,7 @@ RESHAPES = {
     aten.expand.default,
     aten.slice.Tensor,
 }
+PADS = {aten.pad.default, aten.constant_pad_nd.default}
 NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
 
 
@@ -61,6 +62,8 @@ def _no_op(node: fx.Node, x: fx.Node) -> str | None:
         return "a copy is its original"
     if node.target in CASTS and (before.dtype, before.device) == (after.dtype, after.device):
         return "a cast to the type that it has"
+    if node.target in PADS and set(node.args[1]) <= {0}:  # type: ignore[arg-type]
+        return "a padding of no width"
     if node.target is aten.dropout.default and node.args[2] is False:
         return "dropout outside training"
     if node.target in RESHAPES and same_shape(before, after):

@@ -99,11 +99,15 @@ def _open_onnx(
 ) -> tuple[Program, Source, object]:
     try:
         from qcompiler.capture.onnx import load_onnx
+        from qcompiler.capture.onnx.limits import shortened
     except ImportError as error:
         raise BadInput(
             f"reading ONNX files needs {error.name}; pip install 'qcompiler[onnx]'"
         ) from error
-    program, example = load_onnx(path, example_inputs, dynamic)
+    try:
+        program, example = load_onnx(path, example_inputs, dynamic)
+    except BadInput as error:
+        raise BadInput(shortened(str(error), path)) from error
     return program, Source("onnx", str(path.resolve())), example
 
 

@@ -42,6 +42,7 @@ def to_model(program: Program, dialect: Dialect) -> ir.Model:
     _unshare_zeros(model)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value]
     model.producer_name, model.producer_version = "qcompiler", __version__
+    model.metadata_props.update(program.metadata)
     model.metadata_props[TARGET] = dialect.name
     model.metadata_props[BYTES] = str(sum(w.nbytes for w in weights))
     model.metadata_props[KERNELS] = json.dumps(draft.kernels)
@@ -118,7 +119,11 @@ def _narrow(model: ir.Model, nibbles: Mapping[str, bool]) -> None:
 
 
 def _name_weights(model: ir.Model, names: Mapping[str, str]) -> None:
-    """The program's names of parameters, where no other value has them."""
+    """The program's names of parameters, where no input or output has them."""
+    wanted, kept = set(names.values()), {*model.graph.inputs, *model.graph.outputs}
+    for value in (v for node in model.graph for v in node.outputs):
+        if value.name in wanted and value not in kept:
+            value.name = f"{value.name}:value"  # the exporter's own word for it, which says nothing
     taken = _names(model)
     for value in list(model.graph.initializers.values()):
         name = names.get(value.name or "")

@@ -54,6 +54,12 @@ class Weight:
     def dtype(self) -> torch.dtype:
         return torch.int8 if self.format.signed else torch.uint8
 
+    def floats(self) -> Tensor:
+        """(q - z) * s in float32, (N, K)."""
+        column = torch.arange(self.data.shape[1]) // self.group
+        q = self.data if self.zero is None else self.data - self.zero[:, column]
+        return q.float() * self.scale[:, column]
+
 
 def group_of(fmt: QFormat, width: int) -> int:
     """Neighbours in a row of `width` that share a scale, as the reference spreads scales."""

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import qcompiler
 from qcompiler.backends.onnxruntime.session import OnnxArtifact
+from qcompiler.backends.openvino.session import OpenVinoArtifact
 from qcompiler.cli import main
 from qcompiler.export import write
 from qcompiler.program import node_id
@@ -76,6 +77,8 @@ def test_large_weights_go_beside_the_file(
     onnx.checker.check_model(file, full_check=True)
     inputs = (torch.randn(2, 3, 18, 18),)
     artifact = OnnxArtifact(program, tmp_path)
+    opened = OpenVinoArtifact(program, tmp_path)
+    torch.testing.assert_close(opened.run(inputs), program.flat(inputs), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(artifact.run(inputs), program.flat(inputs), rtol=1e-5, atol=1e-5)
     (saved := tmp_path / "saved").mkdir()
     artifact.save(saved)

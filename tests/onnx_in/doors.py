@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from qcompiler.pipeline import run_pipeline
 from qcompiler.program import Program, op_name
 from qcompiler.registry import make_passes
 from qcompiler.samples import Flat, random_inputs
+from qcompiler.sites import sites
 from qcompiler.spaces import find
 
 RECIPE = "w8a8-dynamic-smooth"
+UNTIED = "the file holds the tied table twice, for the embedding and for the head"
+EVALUATED = "the file holds the value of an expression of parameters instead of them"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class Doors:
         )
         return first, second
 
+    def differences(self) -> list[str]:
+        """What the exporter changed in the model, which explains other numbers of spaces."""
+        found = []
+        tied = _tied(self.torch) - _tied(self.onnx)
+        if tied > 0:
+            found.append(UNTIED)
+        first, second = (p.params.values() for p in (self.torch, self.onnx))
+        turned = _shapes(t.t() for t in second if t.ndim == 2)
+        if {*_shapes(first)} - {*_shapes(second), *turned}:
+            found.append(EVALUATED)
+        return found
+
     def operators(self) -> tuple[Counter[str], Counter[str]]:
         """Operators that only one of the two programs has, and how many more."""
         first, second = (
@@ -50,6 +66,20 @@ class Doors:
             for p in (self.torch, self.onnx)
         )
         return first - second, second - first
+
+
+def _tied(program: Program) -> int:
+    """Parameters that are a table and a matrix at once."""
+    count = 0
+    for node in program.nodes:
+        if program.param_of(node) is not None:
+            kinds = {s.kind.name for s in sites(program.nodes) if s.weight is node}
+            count += len(kinds) > 1
+    return count
+
+
+def _shapes(tensors: Iterable[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tensors if t.is_floating_point()]
 
 
 def open_doors(name: str, folder: Path) -> Doors:

@@ -21,6 +21,10 @@ from qcompiler.sites import sites
 
 qc = torch.ops.qc
 TOOLS = ("QDQ", "QOperator", "dynamic", "dynamic uint8", "nbits 4", "nbits 8")
+FILES = [(name, how) for how in TOOLS for name in ("bert", "resnet")]
+FILES = [
+    ("vit", how) if name == "resnet" and "nbits" in how else (name, how) for name, how in FILES
+]
 QUANTIZED = {qc.dequantize.default, qc.dequantize_integers.default, qc.fake_quantize.default}
 
 
@@ -36,8 +40,7 @@ def run_exactly(path: Path, program: Program, inputs: tuple[object, ...]) -> tup
     return tuple(torch.from_numpy(y) for y in session.run(None, feed))
 
 
-@pytest.mark.parametrize("how", TOOLS)
-@pytest.mark.parametrize("name", ["bert", "resnet"])
+@pytest.mark.parametrize(("name", "how"), FILES)
 def test_quantized_by_onnxruntime(name: str, how: str, tmp_path: Path) -> None:
     source, path = tmp_path / "float.onnx", tmp_path / "quantized.onnx"
     export(name, source, opset=20 if "nbits" not in how else 21)
@@ -56,9 +59,7 @@ def test_quantized_by_onnxruntime(name: str, how: str, tmp_path: Path) -> None:
     adopted = qcompiler.compile(path, passes="canonicalize{optional=true},adopt", backend="cpu")
     assert relative_error(found, adopted.artifact.run(inputs)) <= max(0.3 * rounding, 1e-4)
     plan = adopted.program.plan
-    if (name, how[:5]) != ("resnet", "nbits"):  # it has no matrix product with a weight to speak of
-        assert sum(s.weight is not None for s in plan.values()) >= 2
-    assert adopted.program.bytes < 0.6 * exact.bytes or "nbits" in how or name == "resnet"
+    assert sum(s.weight is not None for s in plan.values()) >= 8
 
     again = qcompiler.compile(
         path,
@@ -92,8 +93,8 @@ def test_exported_by_torchscript(name: str, opset: int, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     change = json.loads(shown.output)
     names = {node.name for node in _nodes(path)}
-    rewired = {id.rpartition("/")[0] for id in (*change["rewired"], *change["removed"])}
-    assert rewired and rewired <= names
+    changed = {id for id in (*change["rewired"], *change["removed"]) if "#" in id}  # no parameters
+    assert changed and {id.rpartition("/")[0] for id in changed} <= names
     assert change["precision"]
 
 

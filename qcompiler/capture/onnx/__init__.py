@@ -8,6 +8,7 @@ after the ONNX node that it came from, every parameter after its initializer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from qcompiler.capture.exported import from_exported
 from qcompiler.capture.onnx.call import NeedsValue
 from qcompiler.capture.onnx.file import read_model
 from qcompiler.capture.onnx.inputs import example_inputs
-from qcompiler.capture.onnx.interpret import NODE, Interpreter, model_inputs
+from qcompiler.capture.onnx.interpret import NODE, Interpreter, brief, model_inputs
 from qcompiler.capture.onnx.limits import check_sizes
+from qcompiler.capture.onnx.ports import Axes, metadata_of, named_ports, open_axes, without
+from qcompiler.capture.onnx.trial import quiet, run_once
 from qcompiler.capture.onnx.types import to_array
-from qcompiler.capture.onnx.ports import declared, named_ports
 from qcompiler.errors import BadInput
 from qcompiler.program import Program
 
@@ -37,23 +39,20 @@ def load_onnx(
     """The program in the file `path`, and the example inputs that it was captured with.
 
     `given`: a tensor, a sequence, or a mapping by input name; without it, inputs are made from what
-    the file says of them. The dimensions that the file leaves open are dynamic, unless `dynamic` is
-    False. An input whose values decide a size is baked in, if it was given.
+    the file says of them. The dimensions that the file leaves open are dynamic, or those of a
+    mapping `dynamic`, or none if it is False. An input whose values decide a size is baked in, if
+    it was given.
     """
     model = read_model(path)
     names = [str(v.name) for v in model_inputs(model)]
     example = example_inputs(model) if given is None else _arrange(given, names)
-    open_ = declared(model, example) if dynamic is not False else [{} for _ in example]
+    open_ = open_axes(model, example, dynamic)
     baked: dict[str, np.ndarray] = {}
     stuck: dict[str, str] = {}
-    while True:
-        interpreter = Interpreter(model, baked)
-        shapes = [
-            {axis: torch.export.Dim.AUTO for axis, dim in axes.items() if dim not in stuck}
-            for axes in open_
-        ]
+    while True:  # each turn bakes one more input in, or takes an open axis away
+        interpreter = Interpreter(model, baked, open_)
         try:
-            exported = _export(interpreter, example, shapes)
+            exported = _export(interpreter, example, open_)
         except NeedsValue as needed:
             baked |= _bake(needed, dict(zip(names, example, strict=True)), baked, given is None)
             continue
@@ -62,26 +61,28 @@ def load_onnx(
             exported, tuple(names), "; ".join(notes), interpreter.names, scope_key=NODE
         )
         check_sizes(program)
-        program = named_ports(program, names, open_, baked)
+        program = replace(named_ports(program, names, open_, baked), metadata=metadata_of(model))
+        run_once(program, example)
         fixed = stuck_dims(program, example)
         if not fixed:
             return program, example
         stuck |= fixed
+        open_ = without(open_, program, fixed)
 
 
 def _export(
-    module: Interpreter, example: tuple[Tensor, ...], shapes: Sequence[Mapping[int, object]]
+    module: Interpreter, example: tuple[Tensor, ...], open_: Sequence[Axes]
 ) -> torch.export.ExportedProgram:
-    wide = {"inputs": tuple(dict(s) for s in shapes)} if shapes else None
+    shapes = tuple({axis: torch.export.Dim.AUTO for axis in axes} for axes in open_)
+    wide = {"inputs": shapes} if shapes else None
     try:
-        with preserve_node_meta(), torch.no_grad():
+        with preserve_node_meta(), torch.no_grad(), quiet():
             return torch.export.export(module, example, dynamic_shapes=wide, strict=False)
     except (BadInput, NeedsValue):
         raise
     except Exception as error:  # torch.export raises dozens of types, most of them private
-        lines = [line for line in str(error).splitlines() if line.strip()]
         raise BadInput(
-            f"torch.export refuses this model: {lines[0] if lines else type(error).__name__}; "
+            f"torch.export refuses this model: {brief(error)}; "
             "capture it with dynamic=False, or with other example inputs"
         ) from error
 

@@ -128,6 +128,18 @@ class Call:
         ok = isinstance(value, Sequence) and all(isinstance(v, int) for v in value)
         return list(value) if ok else self._wrong(name, "integers", value)  # type: ignore
 
+    def floats(self, name: str, default: Sequence[Number] | None = None) -> list[Number]:
+        value = self._attribute(name, default, "numbers")
+        if not isinstance(value, Sequence) or not all(isinstance(v, int | float) for v in value):
+            self._wrong(name, "numbers", value)
+        return [float(v) for v in value]
+
+    def texts(self, name: str, default: Sequence[str] | None = None) -> list[str]:
+        value = self._attribute(name, default, "texts")
+        if not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+            self._wrong(name, "texts", value)
+        return list(value)
+
     def dtype(self, name: str, default: torch.dtype | None = None) -> torch.dtype:
         """An attribute that holds an ONNX element type, as torch's type."""
         if default is not None and not self.has(name):

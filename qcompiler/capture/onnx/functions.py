@@ -58,9 +58,14 @@ def _needs_body(node: onnx.NodeProto, version: int) -> bool:
         return False
     if ("", node.op_type) in OPERATORS and not (node.op_type == "Attention" and not plain(node)):
         return False
-    if not onnx.defs.has(node.op_type, version):
+    return has_body(node.op_type, version)
+
+
+def has_body(name: str, version: int) -> bool:
+    """Whether the standard defines the operator `name` by others."""
+    if not onnx.defs.has(name, version):
         return False
-    schema = onnx.defs.get_schema(node.op_type, version)
+    schema = onnx.defs.get_schema(name, version)
     return bool(schema.has_function or schema.has_context_dependent_function)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.capture.onnx.interpret import model_inputs
+from qcompiler.capture.onnx.limits import check_size
 from qcompiler.capture.onnx.types import torch_dtype
 from qcompiler.errors import BadInput
 
@@ -52,7 +53,11 @@ def _size(name: str, sizes: dict[str, int]) -> int:
 def _draw(value: ir.Value, shape: list[int], generator: torch.Generator) -> Tensor:
     if value.dtype is None:
         raise BadInput(f"input {value.name!r} says no element type; hand over example_inputs")
-    dtype = torch_dtype(value.dtype)
+    try:
+        dtype = torch_dtype(value.dtype)
+    except BadInput as error:
+        raise BadInput(f"input {value.name!r}: {error}") from None
+    check_size(f"the input {value.name!r}", shape, dtype)
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) > 0.5
     if dtype.is_floating_point:

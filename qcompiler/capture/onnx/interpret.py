@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor, nn
 from torch.fx.traceback import annotate
 
@@ -22,15 +23,21 @@ ID = "qcompiler.id"
 
 
 class Interpreter(nn.Module):
-    """`forward(*inputs)` computes the graph; inputs in `baked` have the values given there."""
+    """`forward(*inputs)` computes the graph; inputs in `baked` have the values given there.
 
-    def __init__(self, model: ir.Model, baked: Mapping[str, np.ndarray]) -> None:
+    `open_` names the dynamic axes of each input.
+    """
+
+    def __init__(
+        self, model: ir.Model, baked: Mapping[str, np.ndarray], open_: Sequence[Mapping[int, str]]
+    ) -> None:
         super().__init__()
         self.inputs = model_inputs(model)
         self.names: dict[str, str] = {}
         """Buffer → the initializer's own name."""
         self._model = model
         self._baked = baked
+        self._open = open_
         self._weights: dict[str, str] = {}
         for number, (name, value) in enumerate(model.graph.initializers.items()):
             assert value.const_value is not None
@@ -40,6 +47,7 @@ class Interpreter(nn.Module):
             self._weights[name] = buffer
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        self._unite(inputs)
         values: dict[ir.Value, Value] = {}
         for name, initializer in self._model.graph.initializers.items():
             values[initializer] = self._weight(name, initializer)
@@ -54,6 +62,13 @@ class Interpreter(nn.Module):
                 raise BadInput(f"output {value.name!r} is computed by no node")
             outputs[str(value.name)] = values[value].tensor
         return outputs
+
+    def _unite(self, inputs: Sequence[Tensor]) -> None:
+        """Dimensions that have one name in the file are one dimension."""
+        first: dict[str, int] = {}
+        for axes, x in zip(self._open, inputs, strict=True):
+            for axis, name in axes.items():
+                torch._check(x.shape[axis] == first.setdefault(name, x.shape[axis]))
 
     def _weight(self, name: str, initializer: ir.Value) -> Value:
         stored = initializer.const_value
@@ -87,7 +102,7 @@ class Interpreter(nn.Module):
         except (BadInput, NeedsValue):
             raise
         except Exception as error:  # whatever torch says to the numbers in a stranger's file
-            raise call.refusal(f"{_brief(error)}; its inputs are {_shapes(call)}") from error
+            raise call.refusal(f"{brief(error)}; its inputs are {_shapes(call)}") from error
         sources = frozenset().union(*(v.sources for v in given if v is not None))
         parts = result if isinstance(result, tuple) else (result,)
         for out, part in zip(node.outputs, parts, strict=False):
@@ -125,7 +140,7 @@ def _load(name: str, stored: ir.TensorProtocol) -> Tensor:
     try:
         return to_tensor(stored.numpy())
     except Exception as error:  # sizes that do not fit the bytes, types that torch lacks
-        raise BadInput(f"the tensor {name!r} cannot be read: {_brief(error)}") from error
+        raise BadInput(f"the tensor {name!r} cannot be read: {brief(error)}") from error
 
 
 def _shapes(call: Call) -> str:
@@ -136,6 +151,7 @@ def _shapes(call: Call) -> str:
     return ", ".join(words) or "none"
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
+    """The first line with words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

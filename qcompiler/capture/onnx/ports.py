@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +18,53 @@ Axes = dict[int, str]
 """Axis → name of the dimension that the file leaves open there."""
 
 
-def declared(model: ir.Model, example: Sequence[Tensor]) -> list[Axes]:
-    """The open axes of each input. The example must fit what the file says of types and sizes."""
+def open_axes(model: ir.Model, example: Sequence[Tensor], dynamic: object) -> list[Axes]:
+    """The dynamic axes of each input: those that the file leaves open, or what `dynamic` says.
+
+    The example must fit what the file says of sizes.
+    """
+    declared = _declared(model, example)
+    _check_equal(model, example, declared)
+    if dynamic is False:
+        return [{} for _ in example]
+    if not isinstance(dynamic, Mapping):
+        return declared
+    names = [str(v.name) for v in model_inputs(model)]
+    if unknown := [n for n in dynamic if n not in names]:
+        raise BadInput(f"dynamic names {unknown}, but the inputs of the model are {names}")
+    return [dict(dynamic.get(name, {})) for name in names]
+
+
+def without(open_: Sequence[Axes], program: Program, fixed: Collection[str]) -> list[Axes]:
+    """`open_` without the axes that have a dimension of `program` in `fixed`, and their kin."""
+    pairs = list(zip(open_, program.io.ports, strict=True))
+    names = {
+        name
+        for axes, port in pairs
+        for axis, name in axes.items()
+        if port.is_tensor and port.shape[axis] in fixed
+    }
+    return [{axis: n for axis, n in axes.items() if n not in names} for axes in open_]
+
+
+def metadata_of(model: ir.Model) -> dict[str, str]:
+    """What the file says about itself, without what an export of ours added to it."""
+    return {k: v for k, v in model.metadata_props.items() if not k.startswith("qcompiler.")}
+
+
+def _check_equal(model: ir.Model, example: Sequence[Tensor], declared: Sequence[Axes]) -> None:
+    first: dict[str, tuple[str, int]] = {}
+    for value, x, axes in zip(model_inputs(model), example, declared, strict=True):
+        for axis, name in axes.items():
+            other, size = first.setdefault(name, (str(value.name), x.shape[axis]))
+            if size != x.shape[axis]:
+                raise BadInput(
+                    f"the dimension {name!r} is {size} in the example of {other!r} and "
+                    f"{x.shape[axis]} in that of {value.name!r}; expected one size"
+                )
+
+
+def _declared(model: ir.Model, example: Sequence[Tensor]) -> list[Axes]:
     found = []
     for value, x in zip(model_inputs(model), example, strict=True):
         axes: Axes = {}

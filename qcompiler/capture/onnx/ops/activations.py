@@ -99,8 +99,12 @@ def shrink(call: Call, x: Tensor) -> Tensor:
 @op("Softmax", "LogSoftmax", "Hardmax")
 def softmax(call: Call, x: Tensor) -> Tensor:
     """Along one axis; before version 13 over all axes from `axis` on, taken as one."""
-    function = {"Softmax": torch.softmax, "LogSoftmax": torch.log_softmax}.get(call.node.op_type)
-    function = function or _hardmax
+    functions: dict[str, Callable[[Tensor, int], Tensor]] = {
+        "Softmax": torch.softmax,
+        "LogSoftmax": torch.log_softmax,
+        "Hardmax": _hardmax,
+    }
+    function = functions[call.node.op_type]
     if call.version >= 13:
         return function(x, call.int("axis", -1))
     axis = call.int("axis", 1) % max(x.ndim, 1)

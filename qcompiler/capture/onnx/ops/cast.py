@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @op("Cast")
 def cast(call: Call, x: Tensor) -> Tensor:
-    return cast_to(x, D(call.int("to")), bool(call.int("saturate", 1)), call.text("round_mode", "up"))
+    return cast_to(
+        x, D(call.int("to")), bool(call.int("saturate", 1)), call.text("round_mode", "up")
+    )
 
 
 @op("CastLike")
@@ -65,7 +69,7 @@ def _float4(x: Tensor) -> Tensor:
     wide = x.float()
     magnitude = wide.abs()
     result = torch.zeros_like(magnitude)
-    for code, (low, high) in enumerate(zip(FLOAT4, FLOAT4[1:], strict=False)):
+    for code, (low, high) in enumerate(pairwise(FLOAT4)):
         middle = (low + high) / 2
         above = magnitude > middle if code % 2 == 0 else magnitude >= middle
         result = torch.where(above, high, result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -27,14 +26,17 @@ def both(call: Call) -> tuple[Operand, Operand]:
 def _divide(a: Operand, b: Operand) -> Operand:
     """ONNX divides integers towards zero."""
     whole = not any(isinstance(x, Tensor) and x.is_floating_point() for x in (a, b))
-    return torch.div(a, b, rounding_mode="trunc") if whole else a / b  # type: ignore[call-overload]
+    if not whole:
+        return a / b
+    divide: Callable[..., Tensor] = torch.div
+    return divide(a, b, rounding_mode="trunc")
 
 
 def _power(a: Operand, b: Operand) -> Operand:
     """In the type of the base, whatever that of the exponent."""
-    result: Operand = torch.pow(a, b)  # type: ignore[call-overload]
-    same = not isinstance(a, Tensor) or not isinstance(result, Tensor) or result.dtype == a.dtype
-    return result if same else result.to(a.dtype)  # type: ignore[union-attr]
+    power: Callable[..., Tensor] = torch.pow
+    result = power(a, b)
+    return result.to(a.dtype) if isinstance(a, Tensor) and a.dtype != result.dtype else result
 
 
 BINARY: dict[str, Callable[[Operand, Operand], object]] = {
@@ -220,6 +222,5 @@ def bit_cast(call: Call, x: Tensor) -> Tensor:
 
 @op("Det")
 def determinant(call: Call, x: Tensor) -> Tensor:
-    return torch.linalg.det(x)
-
-
+    result: Tensor = torch.linalg.det(x)
+    return result

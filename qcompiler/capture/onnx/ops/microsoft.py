@@ -52,7 +52,7 @@ def _zero_points(call: Call, bits: int, rows: int, blocks: int) -> np.ndarray:
 def dynamic_quantize_matmul(call: Call, x: Tensor) -> Tensor:
     """x (rounded to uint8 with its own range) times a stored matrix, plus bias."""
     rounded = qc.fake_quantize(x, "uint8:tensor:asym:dynamic")
-    y = rounded @ dequantize(call, 1, 2, 3, -1)
+    y: Tensor = rounded @ dequantize(call, 1, 2, 3, -1)
     return y + call.tensor(4) if call.given(4) else y
 
 

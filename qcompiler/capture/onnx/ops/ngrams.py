@@ -32,7 +32,7 @@ def tf_idf(call: Call, x: Tensor) -> Tensor:
             parts.append((where, slice(gram, gram + count), _count(rows, grams, skips)))
         gram += count
     mode, size = call.text("mode"), max(places) + 1
-    weights = torch.tensor(call.get("weights", [1.0] * gram), dtype=torch.float32)
+    weights = torch.tensor(call.floats("weights", [1.0] * gram))
     y = torch.zeros([rows.shape[0], size])
     for where, which, counts in parts:
         value = counts if mode != "IDF" else (counts > 0).float()

@@ -11,7 +11,9 @@ from qcompiler.capture.onnx.table import MICROSOFT, op
 
 
 @op("LayerNormalization")
-def layer_norm(call: Call, x: Tensor, gain: Tensor, bias: Tensor | None) -> object:
+def layer_norm(
+    call: Call, x: Tensor, gain: Tensor, bias: Tensor | None
+) -> Tensor | tuple[Tensor, ...]:
     """Over all axes from `axis` on; also the mean and 1 / deviation where they are asked for."""
     axis = call.int("axis", -1) % x.ndim
     eps, shape = call.float("epsilon", 1e-5), list(x.shape[axis:])

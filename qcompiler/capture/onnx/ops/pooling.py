@@ -51,7 +51,8 @@ def _place_in_whole(
     places: Tensor, padded: list[Size], before: list[Size], sizes: list[Size], columns_first: bool
 ) -> Tensor:
     """torch counts in one padded plane, ONNX in the whole tensor; the last axis may be slowest."""
-    position, axes = places, []
+    position = places
+    axes: list[Tensor] = []
     for size, pad in zip(padded[::-1], before[::-1], strict=True):
         axes.insert(0, position % size - pad)
         position = position // size
@@ -115,7 +116,8 @@ def global_max_pool(call: Call, x: Tensor) -> Tensor:
 
 @op("GlobalLpPool")
 def global_lp_pool(call: Call, x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, call.int("p", 2), _spatial(x), True)
+    y: Tensor = torch.linalg.vector_norm(x, call.int("p", 2), _spatial(x), True)
+    return y
 
 
 @op("MaxUnpool")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def quantize(
     call: Call, x: Tensor, scale: int, zero: int, type: ir.DataType, axis: int = 0, block: int = 0
 ) -> Tensor:
     """`x` as numbers of `type`; `scale` and `zero` are positions of inputs of the node."""
-    s, z = call.tensor(scale), call.tensor(zero) if call.given(zero) else None
+    s, z = _scale(call, scale), call.tensor(zero) if call.given(zero) else None
     if type in ELEMENTS and not torch.is_complex(x):
         text = _format(call, type, x.ndim, s, zero, axis, block)
         spread = _arranged(s, x.ndim, axis, block)
@@ -73,7 +74,7 @@ def dequantize(
     call: Call, data: int, scale: int, zero: int, axis: int = 0, block: int = 0
 ) -> Tensor:
     """The input at `data` as floating point numbers of the type of its scale."""
-    q, s = call.tensor(data), call.tensor(scale)
+    q, s = call.tensor(data), _scale(call, scale)
     z = call.tensor(zero) if call.given(zero) else None
     type = call.type(data)
     if type in ELEMENTS:
@@ -86,6 +87,17 @@ def dequantize(
     if z is not None:
         value = value - _spread(z, q, axis, block).float()
     return (value * _spread(s, q, axis, block).float()).to(s.dtype)
+
+
+def _scale(call: Call, index: int) -> Tensor:
+    """The scale. Quantizers write infinite ones for values with -inf in them, such as masks."""
+    known = call.value(index).known
+    if known is not None and not np.isfinite(known.astype(np.float64)).all():
+        raise call.refusal(
+            "its scale is not finite, so that all it yields is NaN; quantize the model again "
+            "without this node"
+        )
+    return call.tensor(index)
 
 
 def _format(

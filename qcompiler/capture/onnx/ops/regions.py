@@ -61,7 +61,7 @@ def roi_align(call: Call, x: Tensor, rois: Tensor, image: Tensor) -> Tensor:
     parts = torch.stack([value * share for value, share in found])
     keep = inside.unsqueeze(-1).to(x.dtype)
     if call.text("mode", "avg") == "max":
-        pooled = (parts.amax(0) * keep).amax((3, 4))
+        pooled: Tensor = (parts.amax(0) * keep).amax((3, 4))
     else:
         pooled = (parts.sum(0) * keep).mean((3, 4))
     return pooled.permute(0, 3, 1, 2)
@@ -82,9 +82,7 @@ def max_roi_pool(call: Call, x: Tensor, rois: Tensor) -> Tensor:
     rows = _cells(corners[:, 1], corners[:, 3], shape[0], x.shape[2])
     columns = _cells(corners[:, 0], corners[:, 2], shape[1], x.shape[3])
     low = float("-inf")
-    across = [
-        torch.where(columns[:, None, None, i], picked, low).amax(-1) for i in range(shape[1])
-    ]
+    across = [torch.where(columns[:, None, None, i], picked, low).amax(-1) for i in range(shape[1])]
     wide = torch.stack(across, -1)
     down = [torch.where(rows[:, None, i, :, None], wide, low).amax(-2) for i in range(shape[0])]
     pooled = torch.stack(down, -2)

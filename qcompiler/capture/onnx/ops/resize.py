@@ -35,6 +35,8 @@ class Axis:
     start: float = 0.0
     end: float = 1.0
     """The region of interest, as shares of the axis."""
+    by_size: bool = False
+    """Whether the step is the ratio of the sizes, whatever they are."""
 
     @property
     def factor(self) -> int | None:
@@ -42,10 +44,6 @@ class Axis:
         if isinstance(self.num, int) and isinstance(self.den, int) and self.den % self.num == 0:
             return self.den // self.num
         return None
-
-    @property
-    def fixed(self) -> bool:
-        return all(isinstance(n, int) for n in (self.size, self.out))
 
 
 @op("Resize")
@@ -64,10 +62,7 @@ def resize(call: Call, x: Tensor) -> Tensor:
 
 @op("Upsample")
 def upsample(call: Call, x: Tensor) -> Tensor:
-    if call.has("scales"):
-        scales = [float(v) for v in call.get("scales")]  # type: ignore[attr-defined]
-    else:
-        scales = _scales(call, 1)
+    scales = call.floats("scales") if call.has("scales") else _scales(call, 1)
     return _resize(call, x, _by_scales(call, x, scales), "asymmetric", "floor")
 
 
@@ -107,7 +102,7 @@ def _by_sizes(
     have = [x.shape[a] for a in axes]
     if policy == "stretch":
         return [
-            Axis(a, n, out, n, out, *_region(roi, i))
+            Axis(a, n, out, n, out, *_region(roi, i), by_size=True)
             for i, (a, n, out) in enumerate(zip(axes, have, sizes, strict=True))
         ]
     if not all(isinstance(n, int) for n in (*sizes, *have)):
@@ -169,7 +164,7 @@ def _interpolated(
             where == "half_pixel" and rounding.startswith("round")
         )
         return F.interpolate(x, size=size) if copies and alike else None
-    stretched = copies or all(a.num is a.size and a.den is a.out for a in axes)
+    stretched = copies or all(a.by_size for a in axes)
     if not x.is_floating_point() or not stretched or where not in ("half_pixel", "align_corners"):
         return None
     corners = where == "align_corners"
@@ -228,7 +223,7 @@ def _weights(call: Call, a: Axis, place: Tensor, mode: str) -> Tensor:
     shrink: float = 1.0
     if call.int("antialias", 0):
         shrink = torch.sym_min(1.0, a.den / a.num)
-        reach = math.ceil(reach / shrink) if isinstance(shrink, float) else reach * a.num // a.den + 1
+        reach = torch.sym_max(reach, -(-reach * a.num // a.den))
     taps = torch.floor(place).unsqueeze(-1) + torch.arange(1 - reach, reach + 1)
     far = ((taps - place.unsqueeze(-1)) * shrink).abs()
     weight = (1 - far).clamp(min=0) if mode == "linear" else _cubic(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from qcompiler.capture.onnx.call import Array, Call, Size
 from qcompiler.capture.onnx.table import op
-from qcompiler.capture.onnx.types import torch_dtype
 
 WINDOWS = {
     "HannWindow": (0.5, 0.5, 0.0),
@@ -45,8 +45,7 @@ def mel_weights(call: Call) -> Array:
     down = (number >= middle) & (number < last)
     weights = np.where(down, falling, np.where(up, rising, 0.0))
     weights[:, middle == first] = np.where(number == middle, 1.0, weights)[:, middle == first]
-    dtype = call.dtype("output_datatype", torch.float32)
-    return torch.from_numpy(weights).to(dtype).numpy()
+    return weights.astype(ir.DataType(call.int("output_datatype", 1)).numpy())
 
 
 def _complex(x: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ def _complex(x: Tensor) -> Tensor:
 
 @op("DFT")
 def dft(call: Call, x: Tensor) -> Tensor:
-    """Σ x e^(∓2πi jk/n) along an axis; the last axis of the tensor holds real and imaginary part."""
+    """Σ x e^(∓2πi jk/n) along an axis; the last axis holds real and imaginary part."""
     if call.version < 20:
         axis = call.int("axis", 1)
     else:
@@ -67,7 +66,8 @@ def dft(call: Call, x: Tensor) -> Tensor:
     one_sided, inverse = bool(call.int("onesided", 0)), bool(call.int("inverse", 0))
     values = _complex(x)
     if inverse and one_sided:
-        return torch.fft.irfft(values, length, axis).unsqueeze(-1).to(x.dtype)
+        y: Tensor = torch.fft.irfft(values, length, axis)
+        return y.unsqueeze(-1).to(x.dtype)
     if one_sided and not values.is_complex():
         y = torch.fft.rfft(values, length, axis)
     else:

@@ -104,7 +104,8 @@ def _same(size: Size, span: int, step: int) -> Size:
     """Padding for ceil(size / step) windows; with steps of 1 the size does not matter."""
     if step == 1:
         return span - 1
-    return torch.sym_max((-(-size // step) - 1) * step + span - size, 0)
+    total: Size = torch.sym_max((-(-size // step) - 1) * step + span - size, 0)
+    return total
 
 
 def halves(call: Call, totals: Sequence[Size], how: str) -> tuple[list[Size], list[Size]]:
@@ -112,9 +113,7 @@ def halves(call: Call, totals: Sequence[Size], how: str) -> tuple[list[Size], li
     small = [t // 2 for t in totals]
     large = [t - t // 2 for t in totals]
     if how not in ("SAME_UPPER", "SAME_LOWER"):
-        raise call.refusal(
-            f"auto_pad is {how!r}; expected NOTSET, VALID, SAME_UPPER or SAME_LOWER"
-        )
+        raise call.refusal(f"auto_pad is {how!r}; expected NOTSET, VALID, SAME_UPPER or SAME_LOWER")
     return (small, large) if how == "SAME_UPPER" else (large, small)
 
 
