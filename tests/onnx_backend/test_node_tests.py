@@ -12,6 +12,7 @@ from harness import DIGITS, REFUSED, check, matching, node_tests, operator, outs
 
 import qcompiler
 
+
 def _by_operator() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, case in node_tests().items():
@@ -39,7 +40,7 @@ def test_operator(name: str) -> None:
             if not digits or "Not equal to tolerance" not in str(error):
                 wrong.append(f"{case}: {error}")
         else:
-            if refused or digits and "bf16" not in case:
+            if refused or (digits and "bf16" not in case):
                 wrong.append(f"{case} passes: take it off the list")
     assert not wrong, "\n".join(wrong)
 

@@ -164,7 +164,8 @@ def _bytes(tensor: onnx.TensorProto) -> int:
         bits: int = ir.DataType(tensor.data_type).bitwidth
     except (TypeError, ValueError):
         return 0
-    return -(-math.prod(tensor.dims) * bits // 8)
+    count: int = math.prod(tensor.dims)
+    return -(-count * bits // 8)
 
 
 def _whole(about: dict[str, str], key: str, default: int, whose: str) -> int:

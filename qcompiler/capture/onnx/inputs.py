@@ -33,6 +33,9 @@ def _shape(value: ir.Value, sizes: dict[str, int]) -> list[int]:
     found = []
     for axis, dim in enumerate(value.shape):
         if isinstance(dim, int):
+            if dim < 0:
+                raise BadInput(f"input {value.name!r} has size {dim} in axis {axis}; an open size "
+                               "has a name, or none")  # fmt: skip
             found.append(dim)
             continue
         name = dim.value or f"{value.name}.{axis}"

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from qcompiler.errors import BadInput
 from qcompiler.program import Program, node_id
 
-
 LONGEST = 500
 """Characters of an error about a file, besides its path."""
 
