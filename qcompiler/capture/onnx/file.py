@@ -35,7 +35,7 @@ def read_model(path: Path) -> ir.Model:
     check_operators(proto, check_operator_set(proto, path), path)
     check_external_data(proto, path)
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(_with_shapes(proto) or str(path))
     except Exception as error:  # the checker's own types, and what its file reading raises
         raise BadInput(f"{path} is no valid ONNX model: {_brief(error)}") from error
     try:
@@ -49,6 +49,24 @@ def read_model(path: Path) -> ir.Model:
         raise BadInput(f"{path} is no valid ONNX model: {_brief(error)}") from error
     refuse_unknown(((operator(n.domain, n.op_type), name_of(n)) for n in model.graph), path)
     return model
+
+
+def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A copy for the checker, which wants a shape for each input and output; runtimes do not, and
+    many files leave them out. None if the file has them, or has data elsewhere, as copies cannot.
+    """
+    values = (*proto.graph.input, *proto.graph.output)
+    bare = [v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")
+            for v in values]  # fmt: skip
+    elsewhere = onnx.TensorProto.EXTERNAL
+    if not any(bare) or any(t.data_location == elsewhere for t in proto.graph.initializer):
+        return None
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for value in (*copy.graph.input, *copy.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    return copy
 
 
 def _parse(path: Path) -> onnx.ModelProto:

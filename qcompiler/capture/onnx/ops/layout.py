@@ -158,25 +158,25 @@ def gather(call: Call, data: Tensor) -> Tensor:
             [*data.shape[:axis], *known.shape, *data.shape[axis + 1 :]]
         ) if known.ndim else picked  # fmt: skip
     places = index.tensor
-    if known is None or (known.dtype != object and (known < 0).any()):
-        places = _counted(call, places, data.shape[axis])
+    if _may_be_negative(call):
+        places = torch.where(places < 0, places + data.shape[axis], places)
     if axis == 0 and data.ndim == 2 and data.is_floating_point() and places.dtype != torch.uint8:
         return torch.nn.functional.embedding(places, data)
     return _index(data, [None] * axis + [places.long()])
 
 
+def _may_be_negative(call: Call) -> bool:
+    """Whether an index may count from the end. Those into a stored table (tokens) never do: there
+    one that does is an error when it runs, and not worth an operator in every embedding."""
+    index = call.value(1)
+    if (known := index.known) is not None:
+        return known.dtype != object and bool((known < 0).any())
+    return bool(index.sources) and call.value(0).known is None
+
+
 def _index(data: Tensor, places: Sequence[Tensor | None]) -> Tensor:
     found: Tensor = torch.ops.aten.index.Tensor(data, places)
     return found
-
-
-def _counted(call: Call, places: Tensor, size: Size) -> Tensor:
-    """Indices that may count from the end; those of a model's input (tokens) never do."""
-    if not call.value(1).sources or places.dtype.is_floating_point:
-        return places
-    return places if call.value(0).known is not None else torch.where(
-        places < 0, places + size, places
-    )  # fmt: skip
 
 
 @op("GatherElements")
