@@ -20,8 +20,8 @@ import qcompiler
 from qcompiler.capture import open_model
 from qcompiler.compiled import Compiled
 from qcompiler.data import read_batches
-from qcompiler.evaluate import perplexity, race, sizes_for
-from qcompiler.samples import random_inputs
+from qcompiler.evaluate import perplexity, race
+from qcompiler.samples import random_inputs, sizes_for
 from qcompiler.show.terminal import steps_table
 
 HERE = Path(__file__).resolve().parent / "tiny_llama"

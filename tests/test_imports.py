@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,25 @@ def test_passes_and_backends_do_not_know_each_other(folder: str) -> None:
         for other in imports(file):
             if other.startswith(("qcompiler.passes.", "qcompiler.backends.")):
                 assert other.startswith(own), f"{file.name} imports {other}"
+
+
+def _named(file: Path) -> list[tuple[str, str]]:
+    """(module, name) of everything that `file` imports from qcompiler by name."""
+    return [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qcompiler")
+        for alias in node.names
+    ]
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_scripts_import_what_there_is(folder: str) -> None:
+    """They are run by hand, so that no other test would see it."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for module, name in _named(file) if ".venv" not in str(file) else ():
+            found = importlib.import_module(module)
+            assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), (
+                file,
+                name,
+            )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompiler.capture.onnx.call import Call
 from qcompiler.capture.onnx.table import op
-from qcompiler.capture.onnx.types import torch_dtype
+from qcompiler.capture.onnx.types import TORCH, torch_dtype
 
 D = ir.DataType
 WIDTH = {D.INT4: 4, D.UINT4: 4, D.INT2: 2, D.UINT2: 2}
@@ -21,9 +21,10 @@ FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @op("Cast")
 def cast(call: Call, x: Tensor) -> Tensor:
-    return cast_to(
-        x, D(call.int("to")), bool(call.int("saturate", 1)), call.text("round_mode", "up")
-    )
+    type = D(call.int("to"))
+    if type not in TORCH:
+        raise call.refusal(f"casts to {type.name}; expected a type that tensors of torch can have")
+    return cast_to(x, type, bool(call.int("saturate", 1)), call.text("round_mode", "up"))
 
 
 @op("CastLike")

@@ -191,10 +191,7 @@ def total(call: Call, *parts: Tensor) -> Tensor:
 
 @op("Clip")
 def clip(call: Call, x: Tensor) -> Tensor:
-    if call.version < 11:
-        return torch.clamp(x, call.get("min"), call.get("max"))  # type: ignore[call-overload,no-any-return]
-    low = call.operand(1, x.ndim) if call.given(1) else None
-    high = call.operand(2, x.ndim) if call.given(2) else None
+    low, high = (_bound(call, *which, x.ndim) for which in ((1, "min"), (2, "max")))
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         # NaN goes through; where the bounds cross, the upper one holds, as in torch.
         return x if low is None and high is None else torch.clamp(x, low, high)
@@ -203,6 +200,13 @@ def clip(call: Call, x: Tensor) -> Tensor:
     if high is not None:
         x = torch.minimum(x, high) if isinstance(high, Tensor) else torch.clamp(x, max=high)
     return x
+
+
+def _bound(call: Call, index: int, name: str, rank: int) -> Operand | None:
+    """An input; before version 11 an attribute."""
+    if call.version < 11:
+        return call.float(name) if call.has(name) else None
+    return call.operand(index, rank) if call.given(index) else None
 
 
 @op("IsInf")

@@ -19,7 +19,8 @@ def range_(call: Call) -> Tensor:
     """From known bounds; without whole numbers among them, the type says which it is."""
     start, limit, delta = (call.number(i) for i in range(3))
     type = call.type(0)
-    made = torch.arange(start, limit, delta)
+    dtype = torch.float64 if type is D.DOUBLE else None
+    made = torch.arange(start, limit, delta, dtype=dtype)
     return made if type is None else cast_to(made, type)
 
 

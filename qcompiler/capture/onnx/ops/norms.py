@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from qcompiler.capture.onnx.call import Call
 from qcompiler.capture.onnx.table import MICROSOFT, op
 
+SKIP_EPS = 1e-12
+"""Default of the operators of ONNX Runtime that add first."""
+
 
 @op("LayerNormalization")
 def layer_norm(
@@ -53,7 +56,7 @@ def skip_layer_norm(
     call: Call, x: Tensor, skip: Tensor, gain: Tensor, beta: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     total = x + skip if bias is None else x + skip + bias
-    y = F.layer_norm(total, list(gain.shape), gain, beta, call.float("epsilon", 1e-5))
+    y = F.layer_norm(total, list(gain.shape), gain, beta, call.float("epsilon", SKIP_EPS))
     return y, None, None, total
 
 
@@ -62,7 +65,8 @@ def skip_simplified_layer_norm(
     call: Call, x: Tensor, skip: Tensor, gain: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     total = x + skip if bias is None else x + skip + bias
-    return F.rms_norm(total, list(gain.shape), gain, call.float("epsilon", 1e-5)), None, None, total
+    y = F.rms_norm(total, list(gain.shape), gain, call.float("epsilon", SKIP_EPS))
+    return y, None, None, total
 
 
 @op("BatchNormalization")

@@ -15,7 +15,7 @@ Reduction = Callable[[Tensor, list[int], bool], Tensor]
 
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     for axis in sorted((a % x.ndim for a in axes), reverse=True):
-        x = torch.prod(x, axis, keepdim=keep)
+        x = torch.prod(x, axis, keepdim=keep, dtype=x.dtype)
     return x
 
 
@@ -63,11 +63,16 @@ def _reduction(function: Reduction) -> Function:
             return x if call.node.op_type in PLAIN else function(x.unsqueeze(-1), [-1], False)
         if not axes and x.ndim == 0:
             return function(x.unsqueeze(0), [0], False)
-        return function(x, axes or list(range(x.ndim)), bool(call.int("keepdims", 1)))
+        axes, keep = axes or list(range(x.ndim)), bool(call.int("keepdims", 1))
+        if call.node.op_type in FRACTIONS and not x.is_floating_point():
+            return function(x.to(torch.float64), axes, keep).to(x.dtype)
+        return function(x, axes, keep)
 
     return run
 
 
+FRACTIONS = ("ReduceMean", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp")
+"""Of integers they are computed as real numbers, and cut off towards zero."""
 PLAIN = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd")
 for _name, _function in REDUCTIONS.items():
     op(_name)(_reduction(_function))
@@ -98,7 +103,7 @@ def cumulate(call: Call, x: Tensor) -> Tensor:
 
 @op("TopK")
 def top_k(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
-    count = call.whole(1)[0] if call.given(1) else call.int("k")
+    count = call.sizes(1)[0] if call.given(1) else call.int("k")
     axis, largest = call.int("axis", -1), bool(call.int("largest", 1))
     # Of equal numbers the first one counts, which a stable sort keeps in front.
     values, places = torch.sort(x, dim=axis, descending=largest, stable=True)
@@ -107,7 +112,7 @@ def top_k(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @op("OneHot")
 def one_hot(call: Call, indices: Tensor) -> Tensor:
-    depth, values = int(call.number(1)), call.tensor(2)
+    depth, values = call.sizes(1)[0], call.tensor(2)
     axis = call.int("axis", -1)
     places = indices.to(torch.int64)
     places = torch.where(places < 0, places + depth, places).unsqueeze(axis)
