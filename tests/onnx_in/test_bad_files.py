@@ -353,8 +353,69 @@ def test_an_input_of_a_terabyte(path: Path) -> None:
     assert "'x'" in text and "GiB" in text
 
 
+def most() -> int:
+    """Rows of 2²⁰ numbers, of which two are more than what may be taken, and one is not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**22 // 3
+
+
+def test_many_values_that_together_ask_for_too_much(path: Path) -> None:
+    nodes = [node("ConstantOfShape", "n", v, name=f"of_{v}") for v in "abc"]
+    nodes.append(node("Sum", "a b c", "y"))
+    text = refused(write(path, nodes, {"n": np.array([most(), MANY])}))
+    assert "of_b" in text and "of others; this machine can hold" in text
+
+
+def test_many_inputs_that_together_ask_for_too_much(path: Path) -> None:
+    model = onnx.load(write(path, [node("Add", "x z", "y")], shape=(1, 1)))
+    for name in "zw":
+        shape = [most(), MANY]
+        model.graph.input.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    path.write_bytes(model.SerializeToString())
+    text = refused(path)
+    assert "'w'" in text and "of others" in text
+
+
+def test_a_dynamic_size_that_asks_for_a_terabyte(path: Path) -> None:
+    nodes = [node("Shape", "x", "s"), node("Mul", "s n", "m"), node("ConstantOfShape", "m", "y")]
+    text = refused(write(path, nodes, {"n": np.array([MANY, MANY])}, shape=("batch", 3)))
+    assert "the_constantofshape" in text and "GiB" in text
+
+
 def test_a_thousand_doublings(path: Path) -> None:
     """Each value is twice as long as the one before it."""
     nodes = [node("Concat", f"v{i} v{i}", f"v{i + 1}", axis=0, name=f"n{i}") for i in range(1000)]
     nodes = [node("Relu", "x", "v0"), *nodes, node("Relu", "v1000", "y")]
     assert "node 'n" in refused(write(path, nodes))
+
+
+def write_functions(path: Path, bodies: dict[str, list[onnx.NodeProto]]) -> Path:
+    """A model that calls the first of its functions (of `a`, giving `b`), which may call others."""
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    model = onnx.load(write(path, [node(next(iter(bodies)), "x", "y", domain="own")]))
+    model.opset_import.append(imports[1])
+    model.functions.extend(
+        helper.make_function("own", name, ["a"], ["b"], nodes, imports)
+        for name, nodes in bodies.items()
+    )
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_functions_that_grow_without_bound(path: Path) -> None:
+    """Each calls the next one twice: 2⁴⁰ nodes in 4 kB."""
+    bodies = {
+        f"F{i}": [node(f"F{i + 1}", s, t, domain="own") for s, t in (("a", "c"), ("c", "b"))]
+        for i in range(40)
+    }
+    text = refused(write_functions(path, {**bodies, "F40": [node("Relu", "a", "b")]}))
+    assert f"has {2**41 + 2**40 - 1:,} nodes" in text and "inline_local_functions" in text
+
+
+def test_a_function_that_calls_itself(path: Path) -> None:
+    text = refused(write_functions(path, {"F": [node("F", "a", "b", domain="own")]}))
+    assert "Cycle detected in model-local function references" in text
+
+
+def test_control_flow_in_a_function(path: Path) -> None:
+    text = refused(write_functions(path, {"F": [node("If", "a", "b")]}))
+    assert "If (domain 'ai.onnx', node 'the_if')" in text

@@ -18,6 +18,8 @@ from qcompiler.errors import BadInput
 del _ops
 OLDEST = 7
 """The first operator set whose broadcasting is that of today."""
+INLINED = 8000
+"""Nodes of a file with functions; onnx-ir's inliner takes time that grows with their square."""
 CONTROL = ("If", "Loop", "Scan", "SequenceMap")
 Operators = Iterable[tuple[tuple[str, str], str]]
 """(domain, operator) and the name of a node, for each node."""
@@ -70,6 +72,29 @@ def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     yield from proto.graph.node
     for function in proto.functions:
         yield from function.node
+
+
+def check_functions(proto: onnx.ModelProto, path: Path) -> None:
+    """Functions that call each other twice are a short file of 2ⁿ nodes. None calls itself here."""
+    bodies = {(*operator(f.domain, f.name), f.overload): f.node for f in proto.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            key = (*operator(node.domain, node.op_type), node.overload)
+            if key in bodies and key not in sizes:
+                sizes[key] = size(bodies[key])
+            total += 1 + sizes.get(key, 0)
+        return total
+
+    written_out = size(proto.graph.node)
+    if proto.functions and written_out > INLINED:
+        raise BadInput(
+            f"{path} has {written_out:,} nodes when its functions are written out in place of "
+            f"their calls; expected at most {INLINED:,}. Write them out with "
+            "onnx.inliner.inline_local_functions"
+        )
 
 
 def refuse_unknown(nodes: Operators, path: Path) -> None:

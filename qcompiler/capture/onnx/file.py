@@ -16,6 +16,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from qcompiler.capture.onnx.call import name_of
 from qcompiler.capture.onnx.checks import (
     check_external_data,
+    check_functions,
     check_names,
     check_operator_set,
     check_operators,
@@ -38,6 +39,7 @@ def read_model(path: Path) -> ir.Model:
         onnx.checker.check_model(_with_shapes(proto) or str(path))
     except Exception as error:  # the checker's own types, and what its file reading raises
         raise BadInput(f"{path} is no valid ONNX model: {_brief(error)}") from error
+    check_functions(proto, path)
     try:
         model: ir.Model = ir.from_proto(spell_out(proto))
         ir.external_data.set_base_dir(model.graph, path.parent)

@@ -21,7 +21,11 @@ def example_inputs(model: ir.Model) -> tuple[Tensor, ...]:
     """One tensor for each input; integers that are looked up in a table stay inside it."""
     generator = torch.Generator().manual_seed(0)
     sizes: dict[str, int] = {}
-    return tuple(_draw(v, _shape(v, sizes), generator) for v in model_inputs(model))
+    drawn: list[Tensor] = []
+    for value in model_inputs(model):
+        beside = sum(x.nbytes for x in drawn)
+        drawn.append(_draw(value, _shape(value, sizes), generator, beside))
+    return tuple(drawn)
 
 
 def _shape(value: ir.Value, sizes: dict[str, int]) -> list[int]:
@@ -53,14 +57,16 @@ def _size(name: str, sizes: dict[str, int]) -> int:
     return sizes.setdefault(name, SIZES[len(sizes) % len(SIZES)])
 
 
-def _draw(value: ir.Value, shape: list[int], generator: torch.Generator) -> Tensor:
+def _draw(
+    value: ir.Value, shape: list[int], generator: torch.Generator, beside: int
+) -> Tensor:
     if value.dtype is None:
         raise BadInput(f"input {value.name!r} says no element type; hand over example_inputs")
     try:
         dtype = torch_dtype(value.dtype)
     except BadInput as error:
         raise BadInput(f"input {value.name!r}: {error}") from None
-    check_size(f"the input {value.name!r}", shape, dtype)
+    check_size(f"the input {value.name!r}", shape, dtype, beside)
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) > 0.5
     if dtype.is_floating_point:
