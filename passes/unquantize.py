@@ -1,9 +1,10 @@
 """Back to floating point, with the numbers that the quantized program has.
 
-    dequantize(Q, s, z)  →  W = (Q - z) · s        fake_quantize(x)  →  x, or relu(x)
+    dequantize(Q, s, z)  →  W = (Q - z) · s        fake_quantize(x)  →  x, or clamp(x, 0, top)
 
 So that a model that somebody else quantized can be rotated, smoothed and quantized anew; what its
-rounding lost is lost. A range that begins at zero stands for a Relu, which quantizers leave out.
+rounding lost is lost. A range that begins at zero stands for a Relu or a Clip, which quantizers
+leave out.
 """
 
 from __future__ import annotations
@@ -48,23 +49,28 @@ class Unquantize(Pass):
         for node in edit.calls(qc.fake_quantize.default) if self.activations else ():
             x = node.args[0]
             assert isinstance(x, fx.Node)
-            if _begins_at_zero(edit, node):
-                edit.spend("its range begins at zero, so that it is a Relu", node)
-                edit.replace(node, edit.call(aten.relu.default, x, like=node, replaces=[node]))
+            if (top := _top_from_zero(edit, node)) is not None:
+                edit.spend("its range begins at zero, so that it stands for a Relu or Clip", node)
+                args = (x, 0.0, top)
+                edit.replace(node, edit.call(aten.clamp.default, *args, like=node, replaces=[node]))
                 continue
             edit.spend("goes on in floating point", node)
             edit.replace(node, x)
 
 
-def _begins_at_zero(edit: Edit, node: fx.Node) -> bool:
-    """Whether a rounding with known scales has no negative number."""
+def _top_from_zero(edit: Edit, node: fx.Node) -> float | None:
+    """The largest number of a rounding with known scales that has no negative one."""
     fmt = QFormat.parse(str(node.args[1]))
-    if len(node.args) < 3 or node.args[2] is None:
-        return False
-    zero = node.args[3] if len(node.args) > 3 else None
-    if zero is None:
-        return fmt.qmin == 0
-    return edit.param_of(zero) is not None and bool((edit.tensor(zero) == fmt.qmin).all())  # type: ignore[arg-type]
+    scale, zero = (*node.args[2:4], None, None)[:2]
+    if edit.param_of(scale) is None or fmt.block is not None:
+        return None
+    offset = 0
+    if zero is not None:
+        if edit.param_of(zero) is None:
+            return None
+        offset = int(edit.tensor(zero))  # type: ignore[arg-type]
+    step = float(edit.tensor(scale))  # type: ignore[arg-type]
+    return (fmt.qmax - offset) * step if offset == fmt.qmin else None
 
 
 def _store(edit: Edit, facts: Facts, node: fx.Node) -> None:

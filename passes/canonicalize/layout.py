@@ -120,9 +120,17 @@ def merge_casts(edit: Edit) -> None:
             edit.replace(node, new)
 
 
+def unusual(dtype: torch.dtype) -> bool:
+    """Types that hold numbers and have hardly any arithmetic."""
+    wide_unsigned = (torch.uint16, torch.uint32, torch.uint64)
+    return dtype in wide_unsigned or (dtype.is_floating_point and dtype.itemsize == 1)
+
+
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every number of type `narrow` is one of type `wide`, by their kinds."""
     same_kind = wide.is_floating_point == narrow.is_floating_point
+    if unusual(wide) or unusual(narrow):  # torch promotes neither
+        return wide == narrow
     return narrow == torch.bool or (same_kind and torch.promote_types(wide, narrow) == wide)
 
 

@@ -82,8 +82,15 @@ def fits(mask: fx.Node, scores: fx.Node) -> bool:
 
 
 def unbounded(edit: Edit) -> set[fx.Node]:
-    """Floating point values that may be infinite: a constant on the way is, or may become so."""
+    """Floating point values that may be infinite: a constant or a parameter on the way is, or they
+    may become so. Inputs of the model count where they are used as they are, as masks."""
     found: set[fx.Node] = set()
+    for node in edit.nodes:
+        given = node.op == "placeholder" and is_tensor(node)
+        if not given or not node.meta["val"].is_floating_point():
+            continue
+        if edit.param_of(node) is None or bool(edit.tensor(node).isinf().any()):
+            found.add(node)
     for node in edit.calls():
         if not is_tensor(node) or not node.meta["val"].is_floating_point():
             continue

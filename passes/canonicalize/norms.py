@@ -33,6 +33,9 @@ def raise_rms_core(edit: Edit) -> None:
             eps = _inverse_rms(edit, node, x, factor)
             if eps is not None:
                 size = x.meta["val"].shape[-1]
+                if not isinstance(size, int):
+                    edit.skip(node, "an RMSNorm over a dynamic size")
+                    break
                 edit.spend("x / sqrt(mean(x²) + eps) is an RMSNorm", node)
                 new = edit.call(
                     aten.rms_norm.default, x, [size], None, eps, like=node, replaces=[node]
@@ -85,7 +88,7 @@ def absorb_gain(edit: Edit) -> None:
 def absorb_bias(edit: Edit) -> None:
     """layer(x) + bias is a LayerNorm with that bias."""
     for node in edit.calls(aten.add.Tensor):
-        for bias, norm in operands(node):
+        for bias, norm in operands(node) if not node.kwargs else ():
             if not edit.is_weight(bias) or not is_call(norm, aten.layer_norm.default):
                 continue
             x, size, gain, old, *rest = _padded(norm, 4)

@@ -162,7 +162,10 @@ def _signature(
     for symbol, name in symbols.items():
         bound = ranges.get(symbol)
         upper = int(bound.upper) if bound and str(bound.upper).isdigit() else None
-        dims[name] = (min(int(bound.lower), 1) if bound and int(bound.lower) <= 2 else 1, upper)
+        # torch.export takes sizes for 2 or more where nothing was asked of them; beyond that, the
+        # graph that was traced is right for no smaller size.
+        lower = int(bound.lower) if bound and int(bound.lower) > 2 else 1
+        dims[name] = (lower, upper)
     return Signature(tuple(ports), in_spec, out_spec, names or _names(in_spec, ports), dims)
 
 

@@ -56,6 +56,14 @@ def load_onnx(
         except NeedsValue as needed:
             baked |= _bake(needed, dict(zip(names, example, strict=True)), baked, given is None)
             continue
+        except BadInput as error:
+            if given is not None or not example:
+                raise
+            sizes = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(names, example, strict=True))
+            raise BadInput(
+                f"{error}. The inputs were made up from what the file says ({sizes}); if the model "
+                "does not take those sizes, hand over example_inputs"
+            ) from error
         notes = [*stuck.values(), *(f"input {n} is baked in: it decides a size" for n in baked)]
         program = from_exported(
             exported, tuple(names), "; ".join(notes), interpreter.names, scope_key=NODE

@@ -21,11 +21,12 @@ def example_inputs(model: ir.Model) -> tuple[Tensor, ...]:
     """One tensor for each input; integers that are looked up in a table stay inside it."""
     generator = torch.Generator().manual_seed(0)
     sizes: dict[str, int] = {}
-    drawn: list[Tensor] = []
+    held, planned = 0, []
     for value in model_inputs(model):
-        beside = sum(x.nbytes for x in drawn)
-        drawn.append(_draw(value, _shape(value, sizes), generator, beside))
-    return tuple(drawn)
+        shape, dtype = _shape(value, sizes), _dtype(value)
+        held = check_size(f"the input {value.name!r}", shape, dtype, held)
+        planned.append((value, shape, dtype))
+    return tuple(_draw(*plan, generator) for plan in planned)
 
 
 def _shape(value: ir.Value, sizes: dict[str, int]) -> list[int]:
@@ -57,16 +58,18 @@ def _size(name: str, sizes: dict[str, int]) -> int:
     return sizes.setdefault(name, SIZES[len(sizes) % len(SIZES)])
 
 
-def _draw(
-    value: ir.Value, shape: list[int], generator: torch.Generator, beside: int
-) -> Tensor:
+def _dtype(value: ir.Value) -> torch.dtype:
     if value.dtype is None:
         raise BadInput(f"input {value.name!r} says no element type; hand over example_inputs")
     try:
-        dtype = torch_dtype(value.dtype)
+        return torch_dtype(value.dtype)
     except BadInput as error:
         raise BadInput(f"input {value.name!r}: {error}") from None
-    check_size(f"the input {value.name!r}", shape, dtype, beside)
+
+
+def _draw(
+    value: ir.Value, shape: list[int], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) > 0.5
     if dtype.is_floating_point:

@@ -128,7 +128,10 @@ def _fold(call: Call) -> Result | None:
     present = [v for v in call.values if v is not None]
     if function is None or not all(v.folds for v in present):
         return None
-    result = function(call, *(v.known for v in present))
+    try:
+        result = function(call, *(v.known for v in present))
+    except (ArithmeticError, ValueError, TypeError):
+        return None  # division by zero and the like are for the tensors' arithmetic to answer
     parts = result if isinstance(result, tuple) or result is None else (result,)
     # NumPy gives bare elements where an array has no axes.
     return parts and tuple(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from qcompiler.capture.onnx.call import FOLDED, Array, Call
 
@@ -43,7 +44,7 @@ def each(function: Callable[..., object]) -> Callable[..., Array]:
 
     def apply(*arrays: Array) -> Array:
         dtype = np.result_type(*arrays)
-        result = np.asarray(lifted(*(a.astype(object) for a in arrays)), dtype=object)
+        result = np.asarray(lifted(*map(_numbers, arrays)), dtype=object)
         plain = not any(_symbolic(v) for v in result.reshape(-1))
         if not plain or dtype.kind == "O":
             return result if not plain else array(result) if _integers(result) else result
@@ -51,6 +52,14 @@ def each(function: Callable[..., object]) -> Callable[..., Array]:
         return result.astype(kind)
 
     return apply
+
+
+def _numbers(values: Array) -> Array:
+    """As Python numbers. Of a float32 the shortest decimal that it is: 0.7 · 10 is 7 there, and
+    0.699999988 · 10 in double precision is not."""
+    if values.dtype == np.float32:
+        return np.array([float(str(v)) for v in values.reshape(-1)], object).reshape(values.shape)
+    return values.astype(object)
 
 
 def _symbolic(value: object) -> bool:
@@ -62,11 +71,15 @@ def _integers(values: Array) -> bool:
 
 
 def _divide(a: object, b: object) -> object:
-    """ONNX divides integers towards zero; sizes are never negative."""
+    """ONNX divides integers towards zero."""
     if isinstance(a, int) and isinstance(b, int):
         return -(-a // b) if (a < 0) != (b < 0) else a // b
-    whole = isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt)
-    return operator.floordiv(a, b) if whole else operator.truediv(a, b)
+    if not (isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt)):
+        return operator.truediv(a, b)
+    if statically_known_true(operator.ge(a, 0)):
+        return operator.floordiv(a, b)
+    below = operator.neg(operator.floordiv(operator.neg(a), b))
+    return torch.sym_ite(operator.ge(a, 0), operator.floordiv(a, b), below)
 
 
 def _root(a: object) -> object:
@@ -78,7 +91,6 @@ _ELEMENTWISE: dict[str, Callable[..., object]] = {
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
     "Div": _divide,
-    "Mod": lambda a, b: a % b,
     "Neg": lambda a: -a,
     "Abs": lambda a: abs(a),
     "Floor": lambda a: math.floor(a),
@@ -116,6 +128,15 @@ def _extreme(call: Call, *arrays: Array) -> Array:
     for other in arrays[1:]:
         result = pick(result, other)
     return result
+
+
+@fold("Mod")
+def _mod(call: Call, a: Array, b: Array) -> Array | None:
+    """With fmod the sign is that of the dividend, which for sizes is the same."""
+    plain = a.dtype != object and b.dtype != object
+    if call.int("fmod", 0):
+        return np.fmod(a, b) if plain else None
+    return each(lambda x, y: x % y)(a, b)
 
 
 @fold("Identity")

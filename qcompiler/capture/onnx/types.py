@@ -67,6 +67,8 @@ def onnx_type(dtype: torch.dtype) -> ir.DataType:
 def to_tensor(array: np.ndarray) -> Tensor:
     """`array` as a tensor; symbolic sizes become tensors of the graph."""
     if array.dtype == object:
+        if array.size and all(isinstance(v, bool | torch.SymBool) for v in array.reshape(-1)):
+            return torch.tensor([bool(v) for v in array.reshape(-1)]).reshape(array.shape)
         numbers = [torch.full((), v, dtype=torch.int64) for v in array.reshape(-1)]
         if not numbers:
             return torch.zeros(array.shape, dtype=torch.int64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qcompiler.capture.onnx.call import Call
 from qcompiler.capture.onnx.table import Function, op
+from qcompiler.capture.onnx.types import torch_dtype
 
 Operand = Tensor | float | int
 
@@ -32,19 +33,11 @@ def _divide(a: Operand, b: Operand) -> Operand:
     return divide(a, b, rounding_mode="trunc")
 
 
-def _power(a: Operand, b: Operand) -> Operand:
-    """In the type of the base, whatever that of the exponent."""
-    power: Callable[..., Tensor] = torch.pow
-    result = power(a, b)
-    return result.to(a.dtype) if isinstance(a, Tensor) and a.dtype != result.dtype else result
-
-
 BINARY: dict[str, Callable[[Operand, Operand], object]] = {
     "Add": lambda a, b: a + b,
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
     "Div": _divide,
-    "Pow": _power,
     "Equal": lambda a, b: a == b,
     "Greater": lambda a, b: a > b,
     "Less": lambda a, b: a < b,
@@ -130,6 +123,16 @@ for _name, _g in TENSORS.items():
     op(_name)(_pair(_g))
 for _name, _h in UNARY.items():
     op(_name)(_unary(_h))
+
+
+@op("Pow")
+def power(call: Call) -> Tensor:
+    """In the type of the base, whatever that of the exponent."""
+    raise_to: Callable[..., Tensor] = torch.pow
+    result = raise_to(*both(call))
+    type = call.type(0)
+    dtype = result.dtype if type is None else torch_dtype(type)
+    return result if result.dtype == dtype else result.to(dtype)
 
 
 @op("Mod")
