@@ -33,6 +33,12 @@ class BackendError(QCompilerError):
     """A backend cannot build or run what it was given."""
 
 
+def first_line(error: BaseException, lines: int = 1) -> str:
+    """The beginning of an error's text, at most 300 characters; other libraries append pages."""
+    words = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(words[:lines])[:300] or type(error).__name__
+
+
 MOST = 20
 """Names listed when none is near."""
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "Port", "Program", "Signature", "Tag", "op_name"]
 
+ID_KEY = "qcompiler.id"
+"""Key under which a file that we write keeps the id of the node that its own came from."""
 Plan = Mapping[str, Scheme]
 """Node id of a site (linear, convolution, embedding) → its scheme."""
 

@@ -12,10 +12,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from qcompiler.errors import BackendError
+from qcompiler.errors import BackendError, first_line
 from qcompiler.export.artifact import FileArtifact
 from qcompiler.export.model import BYTES, KERNELS
-from qcompiler.export.trace import first_line
 
 
 def session_options(exact: bool) -> ort.SessionOptions:

@@ -13,10 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qcompiler.errors import BackendError
+from qcompiler.errors import BackendError, first_line
 from qcompiler.export.artifact import FileArtifact
 from qcompiler.export.model import BYTES
-from qcompiler.export.trace import first_line
 
 
 @lru_cache(maxsize=1)

@@ -82,8 +82,8 @@ def fits(mask: fx.Node, scores: fx.Node) -> bool:
 
 
 def unbounded(edit: Edit) -> set[fx.Node]:
-    """Floating point values that may be infinite: a constant or a parameter on the way is, or they
-    may become so. Inputs of the model count where they are used as they are, as masks."""
+    """Floating point values that may be infinite: a constant or a parameter on the way is, an input
+    of the model may be, or they become so on the way."""
     found: set[fx.Node] = set()
     for node in edit.nodes:
         given = node.op == "placeholder" and is_tensor(node)

@@ -7,50 +7,16 @@ Factors on q, on kᵀ and on the scores become one scale; kᵀ may be any permut
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import fx
 
 from qcompiler.edit import Edit
 from qcompiler.passes.canonicalize.layout import order_of, turned
-from qcompiler.passes.canonicalize.masks import (
-    HUGE,
-    choice,
-    filled,
-    fits,
-    kept_by,
-    leaves_some,
-    unbounded,
-)
-from qcompiler.passes.canonicalize.match import (
-    ADD,
-    as_type,
-    is_call,
-    is_number,
-    operands,
-    uncast,
-    unscaled,
-)
-from qcompiler.passes.canonicalize.tidy import same_size
-from qcompiler.program import shape_of
+from qcompiler.passes.canonicalize.masks import fits, leaves_some, unbounded
+from qcompiler.passes.canonicalize.match import as_type, is_call, unscaled
+from qcompiler.passes.canonicalize.scores import INFINITE, Scores, same_heads, scores_of, unguarded
 
 aten = torch.ops.aten
-
-INFINITE = float("-inf")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """scale · q kᵀ, with masks."""
-
-    product: fx.Node
-    """q kᵀ"""
-    scale: float = 1.0
-    added: fx.Node | None = None
-    """Summand of the scores."""
-    kept: tuple[fx.Node, bool, float] | None = None
-    """(condition, c, f): the scores are f where the condition is not c."""
 
 
 def raise_attention(edit: Edit) -> None:
@@ -58,13 +24,13 @@ def raise_attention(edit: Edit) -> None:
     infinite: set[fx.Node] | None = None
     for node in edit.calls(aten.matmul.default):
         weights, value = node.args
-        p, guarded = _unguarded(edit, weights)  # type: ignore[arg-type]
+        p, guarded = unguarded(edit, weights)  # type: ignore[arg-type]
         if not is_call(p, aten.softmax.int, aten._softmax.default) or value.meta["val"].ndim != 4:  # type: ignore[union-attr]
             continue
         if p.args[1] not in (-1, p.meta["val"].ndim - 1):
             continue
-        scores = _scores(edit, p.args[0])  # type: ignore[arg-type]
-        if scores is None or not _same_heads(scores.product, value):  # type: ignore[arg-type]
+        scores = scores_of(edit, p.args[0])  # type: ignore[arg-type]
+        if scores is None or not same_heads(scores.product, value):  # type: ignore[arg-type]
             continue
         infinite = unbounded(edit) if infinite is None else infinite
         q, kt = (_operand(edit, x, node) for x in scores.product.args)
@@ -76,58 +42,6 @@ def raise_attention(edit: Edit) -> None:
             continue
         edit.spend("softmax(c q kᵀ + mask) v is attention", node)
         _raise(edit, node, scores, q, kt, value)  # type: ignore[arg-type]
-
-
-def _unguarded(edit: Edit, node: fx.Node) -> tuple[fx.Node, bool]:
-    """The probabilities behind a replacement of NaN by 0, and whether there is one."""
-    node = uncast(node)
-    found = choice(node)
-    if found is not None and is_number(edit, found[1], 0) and isinstance(found[2], fx.Node):
-        condition, _, p = found
-        if is_call(condition, aten.isnan.default) and condition.args[0] is p:
-            return uncast(p), True
-    return node, False
-
-
-def _scores(edit: Edit, node: object) -> Scores | None:
-    if not isinstance(node, fx.Node):
-        return None
-    scale, node = unscaled(edit, uncast(node))
-    if scale != 1:
-        inner = _scores(edit, node)
-        plain = inner is not None and inner.added is None and inner.kept is None
-        return replace(inner, scale=inner.scale * scale) if plain else None  # type: ignore
-    if is_call(node, aten.matmul.default):
-        return Scores(node)
-    if is_call(node, *ADD) and not node.kwargs:
-        for part, mask in operands(node):
-            inner = _scores(edit, part)
-            if inner is not None and inner.added is None and inner.kept is None:
-                return _masked(edit, inner, mask)
-        return None
-    found = filled(edit, node)
-    if found is None:
-        return None
-    x, condition, kept, fill = found
-    inner = _scores(edit, x)
-    if inner is None or inner.kept is not None or not fill <= -HUGE:
-        return None
-    return replace(inner, kept=(condition, kept, fill))
-
-
-def _masked(edit: Edit, scores: Scores, mask: fx.Node) -> Scores:
-    condition = kept_by(edit, mask)
-    if condition is None:
-        return replace(scores, added=mask)
-    return replace(scores, kept=(*condition, INFINITE))
-
-
-def _same_heads(product: fx.Node, value: fx.Node) -> bool:
-    """Whether q, kᵀ and v have the same batch and heads, nothing broadcast."""
-    q, kt = product.args
-    shapes = [shape_of(x) for x in (q, kt, value)]  # type: ignore[arg-type]
-    same = (same_size(s[i], shapes[0][i]) for s in shapes for i in (0, 1))
-    return all(len(s) == 4 for s in shapes) and all(same)
 
 
 def _hidden_rows(edit: Edit, scores: Scores, guarded: bool, infinite: set[fx.Node]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qcompiler.errors import BadInput
+from qcompiler.errors import BadInput, first_line
 
 SEQUENCE = 16
 """Length of the example text that a folder is captured with; the captured program takes any."""
@@ -42,7 +42,7 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
             local_files_only=True,
         )
     except Exception as error:  # safetensors, json, pickle, and shape errors of many types
-        raise BadInput(f"cannot load the weights in {path}: {_first_line(error)}") from error
+        raise BadInput(f"cannot load the weights in {path}: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(level)
     _check_loading(path, report)
@@ -99,8 +99,3 @@ def _example(module: torch.nn.Module) -> dict[str, torch.Tensor]:
             )
         }
     raise BadInput(f"the model's main input is {main!r}; hand over example_inputs for it")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -17,10 +17,9 @@ from torch import fx
 from qcompiler.export.dialect import Dialect
 from qcompiler.export.draft import Draft
 from qcompiler.export.trace import blame, dynamic_axes, tensor_outputs, trace
-from qcompiler.program import Program
+from qcompiler.program import ID_KEY, Program
 from qcompiler.version import __version__
 
-ID = "qcompiler.id"
 TARGET = "qcompiler.target"
 KERNELS = "qcompiler.kernels"
 BYTES = "qcompiler.bytes"
@@ -100,7 +99,7 @@ def _label(model: ir.Model, traced: fx.Graph) -> None:
         id = ids.get(text.partition(" ")[0].removeprefix("%"))
         node.metadata_props.clear()
         if id is not None:
-            node.metadata_props[ID] = id
+            node.metadata_props[ID_KEY] = id
             node.name = f"{id}:{node.op_type}.{number}"
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

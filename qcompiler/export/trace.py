@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
-from qcompiler.errors import BackendError
+from qcompiler.errors import BackendError, first_line
 from qcompiler.export.draft import Draft
 from qcompiler.io import Port, Signature
 from qcompiler.program import Program, is_tensor, node_id
@@ -79,11 +79,6 @@ def blame(target: str, graph: fx.Graph, error: Exception) -> BackendError:
         f"{target}: {where} cannot be written as ONNX: {first_line(causes[-1])}; "
         "write that part of the model in other operators, or run it with --backend reference"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's text; these libraries append pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Module(nn.Module):

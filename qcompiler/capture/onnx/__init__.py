@@ -21,12 +21,12 @@ from qcompiler.capture.exported import from_exported
 from qcompiler.capture.onnx.call import NeedsValue
 from qcompiler.capture.onnx.file import read_model
 from qcompiler.capture.onnx.inputs import example_inputs
-from qcompiler.capture.onnx.interpret import NODE, Interpreter, brief, model_inputs
+from qcompiler.capture.onnx.interpret import NODE, Interpreter, model_inputs
 from qcompiler.capture.onnx.limits import check_sizes
 from qcompiler.capture.onnx.ports import Axes, metadata_of, named_ports, open_axes, without
 from qcompiler.capture.onnx.trial import quiet, run_once
 from qcompiler.capture.onnx.types import to_array
-from qcompiler.errors import BadInput
+from qcompiler.errors import BadInput, first_line
 from qcompiler.program import Program
 
 BAKED = 64
@@ -49,8 +49,9 @@ def load_onnx(
     open_ = open_axes(model, example, dynamic)
     baked: dict[str, np.ndarray] = {}
     stuck: dict[str, str] = {}
+    interpreter = Interpreter(model)
     while True:  # each turn bakes one more input in, or takes an open axis away
-        interpreter = Interpreter(model, baked, open_)
+        interpreter.baked, interpreter.open = baked, open_
         try:
             exported = _export(interpreter, example, open_)
         except NeedsValue as needed:
@@ -90,7 +91,7 @@ def _export(
         raise
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise BadInput(
-            f"torch.export refuses this model: {brief(error)}; "
+            f"torch.export refuses this model: {first_line(error)}; "
             "capture it with dynamic=False, or with other example inputs"
         ) from error
 

@@ -144,7 +144,10 @@ class Call:
         """An attribute that holds an ONNX element type, as torch's type."""
         if default is not None and not self.has(name):
             return default
-        return torch_dtype(ir.DataType(self.int(name)))
+        try:
+            return torch_dtype(ir.DataType(self.int(name)))
+        except BadInput as error:
+            raise self.refusal(str(error)) from None
 
     def _attribute(self, name: str, default: object, what: str) -> object:
         if name not in self.node.attributes and default is None:
@@ -222,8 +225,8 @@ class Call:
         value = self.node.inputs[index]
         return str(value.name) if value is not None else ""
 
-    def type(self, index: Size) -> ir.DataType | None:
-        """Element type in the file, where it says so."""
+    def type(self, index: Size) -> ir.DataType:
+        """Element type in the file; where it does not say, that of the tensor."""
         value = self.node.inputs[index]
         type = self.value(index).type or (value.dtype if value is not None else None)
         return type or onnx_type(self.tensor(index).dtype)

@@ -24,7 +24,7 @@ from qcompiler.capture.onnx.checks import (
     refuse_unknown,
 )
 from qcompiler.capture.onnx.functions import spell_out
-from qcompiler.errors import BadInput
+from qcompiler.errors import BadInput, first_line
 
 
 def read_model(path: Path) -> ir.Model:
@@ -38,7 +38,7 @@ def read_model(path: Path) -> ir.Model:
     try:
         onnx.checker.check_model(_with_shapes(proto) or str(path))
     except Exception as error:  # the checker's own types, and what its file reading raises
-        raise BadInput(f"{path} is no valid ONNX model: {_brief(error)}") from error
+        raise BadInput(f"{path} is no valid ONNX model: {first_line(error, lines=2)}") from error
     check_functions(proto, path)
     try:
         model: ir.Model = ir.from_proto(spell_out(proto))
@@ -48,7 +48,7 @@ def read_model(path: Path) -> ir.Model:
     except BadInput:
         raise
     except Exception as error:  # onnx-ir raises many types, down to KeyError
-        raise BadInput(f"{path} is no valid ONNX model: {_brief(error)}") from error
+        raise BadInput(f"{path} is no valid ONNX model: {first_line(error, lines=2)}") from error
     refuse_unknown(((operator(n.domain, n.op_type), name_of(n)) for n in model.graph), path)
     return model
 
@@ -83,9 +83,3 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not proto.HasField("graph") or not proto.graph.output:
         raise BadInput(f"{path} is no ONNX model: it has no graph with outputs. Is it complete?")
     return proto
-
-
-def _brief(error: BaseException) -> str:
-    """The first two lines with words; these libraries append the whole node or a context."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:400] or type(error).__name__

@@ -14,44 +14,36 @@ from qcompiler.capture.onnx.call import Call, NeedsValue, Value, name_of
 from qcompiler.capture.onnx.known import FOLDS, array
 from qcompiler.capture.onnx.table import OPERATORS, Result
 from qcompiler.capture.onnx.types import to_tensor
-from qcompiler.errors import BadInput
+from qcompiler.errors import BadInput, first_line
+from qcompiler.program import ID_KEY
 
 NODE = "onnx"
 """Key in `meta["custom"]` of a traced node: the name of the ONNX node that it came from."""
-ID = "qcompiler.id"
-"""Key of a node's metadata in files that we write: its id in our program."""
 
 
 class Interpreter(nn.Module):
-    """`forward(*inputs)` computes the graph; inputs in `baked` have the values given there.
+    """`forward(*inputs)` computes the graph."""
 
-    `open_` names the dynamic axes of each input.
-    """
-
-    def __init__(
-        self, model: ir.Model, baked: Mapping[str, np.ndarray], open_: Sequence[Mapping[int, str]]
-    ) -> None:
+    def __init__(self, model: ir.Model) -> None:
         super().__init__()
-        self.inputs = model_inputs(model)
-        self.names: dict[str, str] = {}
+        self.baked: Mapping[str, np.ndarray] = {}
+        """Inputs that have the values given here."""
+        self.open: Sequence[Mapping[int, str]] = ()
+        """Axis → name of the dimension, for the dynamic axes of each input."""
+        initializers = model.graph.initializers
+        self.names = {f"w{number}": name for number, name in enumerate(initializers)}
         """Buffer → the initializer's own name."""
         self._model = model
-        self._baked = baked
-        self._open = open_
-        self._weights: dict[str, str] = {}
-        for number, (name, value) in enumerate(model.graph.initializers.items()):
-            assert value.const_value is not None
-            buffer = f"w{number}"
-            self.register_buffer(buffer, _load(name, value.const_value))
-            self.names[buffer] = name
-            self._weights[name] = buffer
+        for buffer, name in self.names.items():
+            self.register_buffer(buffer, _load(name, _stored(initializers[name])))
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         self._unite(inputs)
         values: dict[ir.Value, Value] = {}
-        for name, initializer in self._model.graph.initializers.items():
-            values[initializer] = self._weight(name, initializer)
-        for value, tensor in zip(self.inputs, inputs, strict=True):
+        for buffer, name in self.names.items():
+            initializer = self._model.graph.initializers[name]
+            values[initializer] = self._weight(buffer, _stored(initializer))
+        for value, tensor in zip(model_inputs(self._model), inputs, strict=True):
             values[value] = self._input(value, tensor)
         for node in self._model.graph:
             with annotate({NODE: _scope(node)}):
@@ -66,14 +58,11 @@ class Interpreter(nn.Module):
     def _unite(self, inputs: Sequence[Tensor]) -> None:
         """Dimensions that have one name in the file are one dimension."""
         first: dict[str, int] = {}
-        for axes, x in zip(self._open, inputs, strict=True):
+        for axes, x in zip(self.open, inputs, strict=True):
             for axis, name in axes.items():
                 torch._check(x.shape[axis] == first.setdefault(name, x.shape[axis]))
 
-    def _weight(self, name: str, initializer: ir.Value) -> Value:
-        stored = initializer.const_value
-        assert stored is not None
-        buffer = self._weights[name]
+    def _weight(self, buffer: str, stored: ir.TensorProtocol) -> Value:
         return Value(
             make=lambda: getattr(self, buffer),
             read=lambda: np.asarray(stored.numpy()),
@@ -83,9 +72,9 @@ class Interpreter(nn.Module):
 
     def _input(self, value: ir.Value, tensor: Tensor) -> Value:
         name = str(value.name)
-        if name in self._baked:
-            array = self._baked[name]
-            return Value(read=lambda: array, size=array.size, type=value.dtype)
+        if name in self.baked:
+            known = self.baked[name]
+            return Value(read=lambda: known, size=known.size, type=value.dtype)
         return Value(make=lambda: tensor, type=value.dtype, sources=frozenset({name}))
 
     def _run(self, node: ir.Node, values: dict[ir.Value, Value]) -> None:
@@ -102,7 +91,7 @@ class Interpreter(nn.Module):
         except (BadInput, NeedsValue):
             raise
         except Exception as error:  # whatever torch says to the numbers in a stranger's file
-            raise call.refusal(f"{brief(error)}; its inputs are {_shapes(call)}") from error
+            raise call.refusal(f"{first_line(error)}; its inputs are {_shapes(call)}") from error
         sources = frozenset().union(*(v.sources for v in given if v is not None))
         parts = result if isinstance(result, tuple) else (result,)
         for out, part in zip(node.outputs, parts, strict=False):
@@ -118,7 +107,7 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
 
 def _scope(node: ir.Node) -> str:
     """The node's name; in a file of ours that of the node in the source that it came from."""
-    own = node.metadata_props.get(ID)
+    own = node.metadata_props.get(ID_KEY)
     return own.rpartition("/")[0] if own else name_of(node)
 
 
@@ -139,11 +128,16 @@ def _fold(call: Call) -> Result | None:
     )
 
 
+def _stored(initializer: ir.Value) -> ir.TensorProtocol:
+    assert initializer.const_value is not None
+    return initializer.const_value
+
+
 def _load(name: str, stored: ir.TensorProtocol) -> Tensor:
     try:
         return to_tensor(stored.numpy())
     except Exception as error:  # sizes that do not fit the bytes, types that torch lacks
-        raise BadInput(f"the tensor {name!r} cannot be read: {brief(error)}") from error
+        raise BadInput(f"the tensor {name!r} cannot be read: {first_line(error)}") from error
 
 
 def _shapes(call: Call) -> str:
@@ -152,9 +146,3 @@ def _shapes(call: Call) -> str:
         shape = None if value is None else list(value.tensor.shape)
         words.append("left out" if shape is None else str(shape))
     return ", ".join(words) or "none"
-
-
-def brief(error: BaseException) -> str:
-    """The first line with words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

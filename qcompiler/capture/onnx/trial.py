@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, fx
 
-from qcompiler.capture.onnx.interpret import brief
-from qcompiler.errors import BadInput
+from qcompiler.errors import BadInput, first_line
 from qcompiler.program import Program, node_id
 from qcompiler.run import evaluate
 
@@ -26,8 +25,8 @@ def run_once(program: Program, example: tuple[Tensor, ...]) -> None:
     except Exception as error:  # whatever torch says to the numbers in a stranger's file
         where = f" at node {node_id(last[0].next)}" if last else ""
         raise BadInput(
-            f"the model fails on its example inputs{where}: {brief(error)}. If it should not, hand "
-            "over other example_inputs"
+            f"the model fails on its example inputs{where}: {first_line(error)}. If it "
+            "should not, hand over other example_inputs"
         ) from error
 
 

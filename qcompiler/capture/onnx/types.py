@@ -51,6 +51,12 @@ _BITS = {  # numpy types from ml_dtypes → the integers that have the same bits
     np.dtype(ml_dtypes.float8_e8m0fnu): np.uint8,
 }
 
+_WIDER = {
+    D.INT4: np.int8, D.INT2: np.int8, D.UINT4: np.uint8, D.UINT2: np.uint8,
+    D.FLOAT4E2M1: np.float32,
+}  # fmt: skip
+"""Types that are held in a larger one."""
+
 
 def torch_dtype(type: ir.DataType) -> torch.dtype:
     """The type in which tensors of ONNX type `type` are held."""
@@ -74,14 +80,11 @@ def to_tensor(array: np.ndarray) -> Tensor:
             return torch.zeros(array.shape, dtype=torch.int64)
         return torch.stack(numbers).reshape(array.shape)
     type = D.from_numpy(array.dtype)
-    dtype = torch_dtype(type)
+    dtype = torch_dtype(type)  # refuses what torch cannot hold
     if bits := _BITS.get(array.dtype):
         raw = torch.from_numpy(np.array(array).view(bits))
         return raw.view(dtype)
-    narrow = {D.INT4: np.int8, D.INT2: np.int8, D.UINT4: np.uint8, D.UINT2: np.uint8}
-    return torch.from_numpy(
-        np.array(array, dtype=narrow.get(type, None if type != D.FLOAT4E2M1 else np.float32))
-    )
+    return torch.from_numpy(np.array(array, dtype=_WIDER.get(type)))
 
 
 def to_array(tensor: Tensor) -> np.ndarray:

@@ -29,10 +29,7 @@ def cast(call: Call, x: Tensor) -> Tensor:
 
 @op("CastLike")
 def cast_like(call: Call, x: Tensor) -> Tensor:
-    type = call.type(1)
-    if type is None:
-        return x.to(call.tensor(1).dtype)
-    return cast_to(x, type, bool(call.int("saturate", 1)), call.text("round_mode", "up"))
+    return cast_to(x, call.type(1), bool(call.int("saturate", 1)), call.text("round_mode", "up"))
 
 
 def cast_to(x: Tensor, type: ir.DataType, saturate: bool = True, round_mode: str = "up") -> Tensor:

@@ -130,8 +130,7 @@ def power(call: Call) -> Tensor:
     """In the type of the base, whatever that of the exponent."""
     raise_to: Callable[..., Tensor] = torch.pow
     result = raise_to(*both(call))
-    type = call.type(0)
-    dtype = result.dtype if type is None else torch_dtype(type)
+    dtype = torch_dtype(call.type(0))
     return result if result.dtype == dtype else result.to(dtype)
 
 

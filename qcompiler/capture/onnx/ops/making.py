@@ -16,12 +16,11 @@ D = ir.DataType
 
 @op("Range")
 def range_(call: Call) -> Tensor:
-    """From known bounds; without whole numbers among them, the type says which it is."""
-    start, limit, delta = (call.number(i) for i in range(3))
+    """From known bounds. Their numbers are Python's, so that the type says which ones it holds."""
+    bounds = [call.number(i) for i in range(3)]
     type = call.type(0)
     dtype = torch.float64 if type is D.DOUBLE else None
-    made = torch.arange(start, limit, delta, dtype=dtype)
-    return made if type is None else cast_to(made, type)
+    return cast_to(torch.arange(*bounds, dtype=dtype), type)
 
 
 @op("ConstantOfShape")

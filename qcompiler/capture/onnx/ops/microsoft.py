@@ -70,22 +70,22 @@ def qgemm(call: Call) -> Tensor:
     if call.given(6):
         y = y + call.tensor(6).float() * (call.tensor(1) * call.tensor(4)).float()
     y = y * call.float("alpha", 1.0)
-    return requantized(call, y, (7, 8)) if call.given(7) else y
+    return requantized(call, y, 7, 8) if call.given(7) else y
 
 
 @op("QLinearAdd", "QLinearMul", domain=MICROSOFT)
 def qlinear_binary(call: Call) -> Tensor:
     a, b = dequantize(call, 0, 1, 2), dequantize(call, 3, 4, 5)
-    return requantized(call, a + b if call.node.op_type == "QLinearAdd" else a * b, (6, 7))
+    return requantized(call, a + b if call.node.op_type == "QLinearAdd" else a * b, 6, 7)
 
 
 @op("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
 def qlinear_unary(call: Call) -> Tensor:
     x = dequantize(call, 0, 1, 2)
     if call.node.op_type == "QLinearSigmoid":
-        return requantized(call, torch.sigmoid(x), (3, 4))
+        return requantized(call, torch.sigmoid(x), 3, 4)
     leaky = torch.nn.functional.leaky_relu(x, call.float("alpha", 0.01))
-    return requantized(call, leaky, (3, 4))
+    return requantized(call, leaky, 3, 4)
 
 
 @op("QLinearGlobalAveragePool", domain=MICROSOFT)
@@ -93,17 +93,17 @@ def qlinear_global_average_pool(call: Call) -> Tensor:
     if call.int("channels_last", 0):
         raise call.refusal("channels_last; expected channels first")
     x = dequantize(call, 0, 1, 2)
-    return requantized(call, x.mean(list(range(2, x.ndim)), keepdim=True), (3, 4))
+    return requantized(call, x.mean(list(range(2, x.ndim)), keepdim=True), 3, 4)
 
 
 @op("QLinearSoftmax", domain=MICROSOFT)
 def qlinear_softmax(call: Call) -> Tensor:
     x = torch.softmax(dequantize(call, 0, 1, 2), call.int("axis", -1))
-    return requantized(call, x, (3, 4))
+    return requantized(call, x, 3, 4)
 
 
 @op("QLinearConcat", domain=MICROSOFT)
 def qlinear_concat(call: Call) -> Tensor:
     """Inputs: scale and zero point of the result, then (data, scale, zero point) of each part."""
     parts = [dequantize(call, i, i + 1, i + 2) for i in range(2, len(call.values), 3)]
-    return requantized(call, torch.cat(parts, call.int("axis")), (0, 1))
+    return requantized(call, torch.cat(parts, call.int("axis")), 0, 1)

@@ -48,9 +48,6 @@ def simplified_layer_norm(call: Call, x: Tensor, gain: Tensor) -> Tensor:
     return F.rms_norm(x, list(gain.shape), gain, call.float("epsilon", 1e-5))
 
 
-op("SimplifiedLayerNormalization")(simplified_layer_norm)
-
-
 @op("SkipLayerNormalization", domain=MICROSOFT)
 def skip_layer_norm(
     call: Call, x: Tensor, skip: Tensor, gain: Tensor, beta: Tensor | None, bias: Tensor | None

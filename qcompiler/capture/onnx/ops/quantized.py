@@ -6,8 +6,6 @@ passes then read one form, whoever quantized the file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from qcompiler.capture.onnx.call import Call
 from qcompiler.capture.onnx.ops.cast import cast_to
+from qcompiler.capture.onnx.ops.convolution import convolve
 from qcompiler.capture.onnx.table import MICROSOFT, op
 from qcompiler.capture.onnx.types import torch_dtype
 from qcompiler.formats import QFormat
@@ -33,7 +32,6 @@ def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None) -
     """saturate(round(x / scale) + zero) in the type of the zero point."""
     given = call.int("output_dtype", 0)
     type = call.type(2) if call.given(2) else D(given) if given else D.UINT8
-    assert type is not None
     return quantize(call, x, 1, 2, type, call.int("axis", 1), call.int("block_size", 0))
 
 
@@ -54,7 +52,7 @@ def quantize(
 ) -> Tensor:
     """`x` as numbers of `type`; `scale` and `zero` are positions of inputs of the node."""
     s, z = _scale(call, scale), call.tensor(zero) if call.given(zero) else None
-    if type in ELEMENTS and not torch.is_complex(x):
+    if type in ELEMENTS:
         text = _format(call, type, x.ndim, s, zero, axis, block)
         spread = _arranged(s, x.ndim, axis, block)
         zeros = None if ":asym" not in text else _zeros(z, s, x.ndim, axis, block)
@@ -168,8 +166,6 @@ def conv_integer(
     call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None, w_zero: Tensor | None
 ) -> Tensor:
     """torch convolves no integers; in float64 their sums are exact."""
-    from qcompiler.capture.onnx.ops.convolution import convolve
-
     if w_zero is not None and w_zero.numel() > 1:
         w_zero = w_zero.reshape([-1] + [1] * (w.ndim - 1))
     y = convolve(call, _centred(x, x_zero).double(), _centred(w, w_zero).double(), None)
@@ -185,26 +181,18 @@ def _centred(x: Tensor, zero: Tensor | None) -> Tensor:
 def qlinear_matmul(call: Call) -> Tensor:
     a = dequantize(call, 0, 1, 2, -2)
     b = dequantize(call, 3, 4, 5, -1)
-    return _requantized(call, a @ b, 6, 7)
+    return requantized(call, a @ b, 6, 7)
 
 
 @op("QLinearConv")
 def qlinear_conv(call: Call) -> Tensor:
-    from qcompiler.capture.onnx.ops.convolution import convolve
-
     x, w = dequantize(call, 0, 1, 2), dequantize(call, 3, 4, 5)
     bias = None
     if call.given(8):
         bias = call.tensor(8).float() * (call.tensor(1) * call.tensor(4)).float()
-    return _requantized(call, convolve(call, x, w, bias), 6, 7)
+    return requantized(call, convolve(call, x, w, bias), 6, 7)
 
 
-def _requantized(call: Call, y: Tensor, scale: int, zero: int) -> Tensor:
-    type = call.type(zero) if call.given(zero) else D.UINT8
-    assert type is not None
-    return quantize(call, y, scale, zero, type)
-
-
-def requantized(call: Call, y: Tensor, places: Sequence[int]) -> Tensor:
-    """`y` rounded as the inputs of the node at `places` (scale, zero point) say."""
-    return _requantized(call, y, *places)
+def requantized(call: Call, y: Tensor, scale: int, zero: int) -> Tensor:
+    """`y` rounded as the inputs of the node at `scale` and `zero` say."""
+    return quantize(call, y, scale, zero, call.type(zero) if call.given(zero) else D.UINT8)
