@@ -84,6 +84,8 @@ def _fit(site: Site, weight: str, activation: str) -> Scheme:
     """The scheme in this site's shape: what `channel` and `token` are for a convolution."""
     w = None if weight == FLOAT else QFormat.parse(weight)
     a = None if activation == FLOAT or site.kind.x is None else QFormat.parse(activation)
+    if w is not None and w.symmetric and w.kind.one_sided:
+        raise BadInput(f"assign: {w.element} has no negative numbers, and a weight has; found {w}")
     if w is not None and w.dynamic:
         raise BadInput(f"assign: a weight has no dynamic scales; found {weight!r}")
     if site.kind.name == "conv":

@@ -19,6 +19,7 @@ from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import node_id, op_name
+from qcompiler.stored import DECODERS
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ class Fold(Pass):
             if not node.meta["val"].is_floating_point():
                 continue
             tree = _expression(node)
-            if torch.ops.qc.dequantize.default in {n.target for n in tree}:
+            if any(n.target in DECODERS for n in tree):
                 continue  # stored in low precision already
             if all(n.target in VIEWS for n in tree if n.op == "call_function"):
                 continue  # a view costs nothing

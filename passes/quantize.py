@@ -15,14 +15,16 @@ import torch
 from torch import fx
 
 from qcompiler.edit import Edit
-from qcompiler.errors import BadInput, unknown
+from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
-from qcompiler.formats import QFormat, pack, range_to_scale
+from qcompiler.formats import Grid, QFormat
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
-from qcompiler.rounding import QUANTIZERS
+from qcompiler.registry import get_rounding
+from qcompiler.rounding import Inputs, Layer
 from qcompiler.sites import Site, sites
+from qcompiler.stored import write
 
 aten = torch.ops.aten
 qc = torch.ops.qc
@@ -51,8 +53,6 @@ class Quantize(Pass):
         return self.budget
 
     def run(self, edit: Edit, facts: Facts) -> None:
-        if self.rounding not in QUANTIZERS:
-            raise unknown("rounding", self.rounding, QUANTIZERS)
         plan = edit.plan
         if not plan:
             raise BadInput("quantize: the plan is empty; put `assign` before it")
@@ -70,7 +70,8 @@ class Quantize(Pass):
             edit.spend(f"stored and computed as the plan says: {scheme}", site.node)
             if scheme.weight:
                 key = (site.weight, scheme.weight)
-                weights.setdefault(key, self._weight(edit, facts, site, scheme.weight))
+                if key not in weights:
+                    weights[key] = self._weight(edit, facts, site, scheme.weight)
                 edit.rewire(site.node, site.kind.weight, weights[key])
             if scheme.activation and site.x is not None and site.kind.x is not None:
                 key = (site.x, scheme.activation)
@@ -81,25 +82,14 @@ class Quantize(Pass):
     def _weight(self, edit: Edit, facts: Facts, site: Site, fmt: QFormat) -> fx.Node:
         """dequantize(packed, scale) in the type and shape of the weight it replaces."""
         node = site.weight
-        name = edit.param_of(node)
+        name = str(edit.param_of(node))
         value = edit.tensor(node)
         # Rows are flattened, so that a 3 × 3 kernel packs as densely as a matrix.
         rows = value.reshape(value.shape[0], -1)
         flat = fmt if fmt.block is None or len(fmt.block) == 1 else replace(fmt, block=(-1,))
-        q = QUANTIZERS[self.rounding](rows, flat, facts.activations.get(site.id))
-        data = edit.new_param(f"{name}.data", pack(q.data, flat.bits), like=node)
-        scale = edit.new_param(f"{name}.scale", q.scale, like=node)
-        zero = None if q.zero is None else edit.new_param(f"{name}.zero", q.zero, like=node)
-        new = edit.call(
-            qc.dequantize.default,
-            data,
-            scale,
-            zero,
-            str(flat),
-            rows.shape[1],
-            value.dtype,
-            like=site.node,
-        )
+        inputs = Inputs(facts.activations.get(site.id))
+        q = get_rounding(self.rounding).layer(Layer(site.id, rows.float(), flat, inputs))
+        new = write(edit, q, name, value.dtype, of=node, like=site.node)
         if value.ndim != 2:
             new = edit.call(aten.reshape.default, new, list(value.shape), like=site.node)
         return new
@@ -112,9 +102,10 @@ def _input(edit: Edit, facts: Facts, site: Site, fmt: QFormat) -> fx.Node:
     if fmt.block is not None:
         raise BadInput(f"a static activation has one scale per tensor; found {fmt} at {site.id}")
     seen = facts.activation(site.id)
-    scale, zero = range_to_scale(torch.tensor(seen.low), torch.tensor(seen.high), fmt)
+    grid = Grid.cover(torch.tensor(seen.low), torch.tensor(seen.high), fmt)
     stem = f"{site.id.rpartition('/')[0] or site.id}.input"
-    scale_node = edit.new_param(f"{stem}_scale", scale, like=site.node)
+    scale_node = edit.new_param(f"{stem}_scale", grid.scale, like=site.node)
+    zero = grid.zero
     zero_node = None if zero is None else edit.new_param(f"{stem}_zero", zero, like=site.node)
     return edit.call(
         qc.fake_quantize.default, site.x, str(fmt), scale_node, zero_node, like=site.node

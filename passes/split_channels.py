@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
-from qcompiler.formats import block_range, range_to_scale, spread
+from qcompiler.formats import Grid, block_range, spread
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.split import Columns, Layer, Split, accept, computed, join, layers, main, require
@@ -108,7 +108,7 @@ def _largest(layer: Layer) -> Tensor:
     """Largest |w| of each channel as a share of its block's; rows with scales of their own are
     averaged. With one scale for the whole matrix this is the paper's order."""
     size = layer.weight.abs()
-    largest = spread(block_range(size, layer.format)[1], tuple(size.shape))
+    largest = spread(block_range(size, layer.format)[1], tuple(size.shape), layer.format)
     share = size / largest.clamp(min=torch.finfo(size.dtype).tiny)
     return share.amax(0) if layer.format.block is None else share.mean(0)
 
@@ -116,10 +116,10 @@ def _largest(layer: Layer) -> Tensor:
 def _steps(layer: Layer, copies: _Copies) -> tuple[Tensor, Tensor]:
     """Δ of the grid on which the halves will lie (rows or 1, groups), and each copy's group."""
     halved = layer.weight[:, copies.index] * copies.share
-    step = range_to_scale(*block_range(halved, layer.format), layer.format)[0]
+    step = Grid.fit(halved, layer.format).scale
     # Both halves take the step of the place where the first one lies, so that they cancel.
     groups = torch.arange(step.shape[1]).reshape(1, -1)
-    group = spread(groups, (1, len(copies.index))).expand(1, len(copies.index))
+    group = spread(groups, (1, len(copies.index)), layer.format).expand(1, len(copies.index))
     return step, group[0, copies.index]
 
 

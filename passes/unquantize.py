@@ -21,6 +21,7 @@ from qcompiler.formats import QFormat
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import node_id
+from qcompiler.stored import DECODERS
 
 aten = torch.ops.aten
 qc = torch.ops.qc
@@ -43,8 +44,8 @@ class Unquantize(Pass):
         return self.budget
 
     def run(self, edit: Edit, facts: Facts) -> None:
-        for node in edit.calls(qc.dequantize.default) if self.weights else ():
-            if edit.is_weight(node):
+        for node in [n for t in DECODERS for n in edit.calls(t)] if self.weights else ():
+            if edit.is_weight(node) and not any(user.target in DECODERS for user in node.users):
                 _store(edit, facts, node)
         for node in edit.calls(qc.fake_quantize.default) if self.activations else ():
             x = node.args[0]

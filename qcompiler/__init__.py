@@ -13,11 +13,12 @@ from qcompiler.edit import Edit
 from qcompiler.errors import BackendError, BadInput, PassError, QCompilerError
 from qcompiler.export import export_onnx
 from qcompiler.facts import Facts
-from qcompiler.formats import QFormat, QTensor, Scheme
+from qcompiler.formats import Grid, QFormat, QTensor, Scheme
 from qcompiler.history import Effect, Step
 from qcompiler.passbase import Pass
 from qcompiler.program import Program, Tag
 from qcompiler.recipe import load_recipe
+from qcompiler.rounding import Rounding
 from qcompiler.spaces import find as spaces
 from qcompiler.spaces.verify import verify
 from qcompiler.version import __version__
@@ -33,12 +34,14 @@ __all__ = [
     "Edit",
     "Effect",
     "Facts",
+    "Grid",
     "Pass",
     "PassError",
     "Program",
     "QCompilerError",
     "QFormat",
     "QTensor",
+    "Rounding",
     "Scheme",
     "Step",
     "Tag",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qcompiler.formats import Scheme
+from qcompiler.formats import QFormat, Scheme
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.samples import Flat
@@ -42,9 +42,17 @@ class Capability:
         """Whether this kernel is made for the site's operator and formats."""
         return (
             self.op == site.kind.name
-            and fnmatch.fnmatch(str(scheme.weight or "float"), self.weight)
-            and fnmatch.fnmatch(str(scheme.activation or "float"), self.activation)
+            and _matches(scheme.weight, self.weight)
+            and _matches(scheme.activation, self.activation)
         )
+
+
+def _matches(fmt: QFormat | None, pattern: str) -> bool:
+    """Whether `pattern` names `fmt`. Scales of another type and another order of bits must be named
+    in words, unless all formats are: `int4:group*` is a kernel that reads float32 scales."""
+    text = str(fmt or "float")
+    special = [w for w in ("scale(", "planes", "unscaled") if w in text]
+    return fnmatch.fnmatch(text, pattern) and (pattern == "*" or all(w in pattern for w in special))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ an ordinary aten operator.
 ========================  =====================================================================
 `qc::fake_quantize`       x' = dequantize(quantize(x)) with given scales, or dynamic ones
 `qc::dequantize`          a stored (packed) weight as floating point numbers
+`qc::lookup`              a stored (packed) weight by a codebook for each row
 `qc::quantize`            q = clamp(round(x / s) + z) as integers, one in each element
 `qc::dequantize_integers` (q - z) * s, the way back
 `qc::dynamic_scale`       scale and zero point that cover the range of x
@@ -22,14 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.formats import (
-    QFormat,
-    block_range,
-    dequantize,
-    quantize,
-    range_to_scale,
-    unpack,
-)
+from qcompiler.formats import Grid, QFormat, dequantize
 from qcompiler.hadamard import core_size, hadamard
 
 FACTOR = 64
@@ -40,8 +34,11 @@ _library.define(
     "fake_quantize(Tensor x, str format, Tensor? scale=None, Tensor? zero=None) -> Tensor"
 )
 _library.define(
-    "dequantize(Tensor data, Tensor scale, Tensor? zero, str format, int width, ScalarType dtype)"
+    "dequantize(Tensor data, Tensor? scale, Tensor? zero, str format, int width, ScalarType dtype)"
     " -> Tensor"
+)
+_library.define(
+    "lookup(Tensor data, Tensor table, str format, int width, ScalarType dtype) -> Tensor"
 )
 _library.define(
     "quantize(Tensor x, str format, Tensor scale, Tensor? zero, ScalarType dtype) -> Tensor"
@@ -64,19 +61,33 @@ def fake_quantize(
     Without `scale` the format is dynamic: each block (a token, say) brings its own.
     """
     fmt = QFormat.parse(format)
-    if scale is None:
-        scale, zero = range_to_scale(*block_range(x, fmt), fmt)
     wide = x if x.dtype == torch.float64 else x.float()
-    q = quantize(wide, scale, zero, fmt)
-    return dequantize(q, scale, zero, x.dtype)
+    grid = Grid.fit(wide, fmt) if scale is None else Grid(fmt, scale, zero)
+    y = grid.round(wide)
+    if not fmt.is_integer:  # the nearest of a list of numbers is a number, whatever x is
+        y = torch.where(wide.isnan(), wide, y)
+    return y.to(x.dtype)
 
 
 def dequantize_packed(
-    data: Tensor, scale: Tensor, zero: Tensor | None, format: str, width: int, dtype: torch.dtype
+    data: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    format: str,
+    width: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Packed integers (…, bytes) to floating point numbers (…, `width`) of `dtype`."""
+    """Packed codes (…, bytes) to numbers (…, `width`) of `dtype`; without `scale`, of scale 1."""
     fmt = QFormat.parse(format)
-    return dequantize(unpack(data, fmt.bits, width, fmt.signed), scale, zero, dtype)
+    scale = torch.ones((), device=data.device) if scale is None else scale
+    return dequantize(fmt.unpack(data, width), scale, zero, fmt, dtype)
+
+
+def lookup(data: Tensor, table: Tensor, format: str, width: int, dtype: torch.dtype) -> Tensor:
+    """Packed codes (rows, bytes) to the numbers that each row's `table` (rows or 1, 2^bits) has
+    for them: (rows, `width`) of `dtype`."""
+    codes = QFormat.parse(format).unpack(data, width)
+    return table.expand(codes.shape[0], -1).gather(1, codes.long()).to(dtype)
 
 
 def quantize_integers(
@@ -84,21 +95,21 @@ def quantize_integers(
 ) -> Tensor:
     """Integers of `x` in `format`, unpacked: the shape of `x`, of the integer type `dtype`."""
     wide = x if x.dtype == torch.float64 else x.float()
-    return quantize(wide, scale, zero, QFormat.parse(format)).to(dtype)
+    return Grid(QFormat.parse(format), scale, zero).codes(wide).to(dtype)
 
 
 def dequantize_integers(
     q: Tensor, format: str, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """(q - z) * s for unpacked integers `q`, as floating point numbers of `dtype`."""
-    return dequantize(q, scale, zero, dtype)
+    return dequantize(q, scale, zero, QFormat.parse(format), dtype)
 
 
 def dynamic_scale(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """Scale (float32) and zero point (int16, zeros when symmetric) that let `format` hold `x`."""
-    fmt = QFormat.parse(format)
-    scale, zero = range_to_scale(*block_range(x, fmt), fmt)
-    return scale, torch.zeros_like(scale, dtype=torch.int16) if zero is None else zero
+    grid = Grid.fit(x, QFormat.parse(format))
+    zero = torch.zeros_like(grid.scale, dtype=torch.int16) if grid.zero is None else grid.zero
+    return grid.scale, zero
 
 
 def hadamard_transform(x: Tensor, transposed: bool = False) -> Tensor:
@@ -164,7 +175,18 @@ def _fake_quantize_shape(
 
 
 def _dequantize_shape(
-    data: Tensor, scale: Tensor, zero: Tensor | None, format: str, width: int, dtype: torch.dtype
+    data: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    format: str,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return data.new_empty((*data.shape[:-1], width), dtype=dtype)
+
+
+def _lookup_shape(
+    data: Tensor, table: Tensor, format: str, width: int, dtype: torch.dtype
 ) -> Tensor:
     return data.new_empty((*data.shape[:-1], width), dtype=dtype)
 
@@ -198,6 +220,7 @@ def _sparse_linear_shape(x: Tensor, values: Tensor, columns: Tensor, rows: Tenso
 for _name, _run, _shape in (
     ("fake_quantize", fake_quantize, _fake_quantize_shape),
     ("dequantize", dequantize_packed, _dequantize_shape),
+    ("lookup", lookup, _lookup_shape),
     ("quantize", quantize_integers, _quantize_shape),
     ("dequantize_integers", dequantize_integers, _quantize_shape),
     ("dynamic_scale", dynamic_scale, _dynamic_scale_shape),

@@ -1,7 +1,7 @@
-"""Finding passes and backends by name: entry points, plus a table for a checkout not installed.
+"""Finding passes, roundings and backends by name: entry points, plus a table for a checkout.
 
-A plug-in is a package with an entry point in `qcompiler.passes` or `qcompiler.backends`. One that
-fails to import is reported by name, and the others go on.
+A plug-in is a package with an entry point in `qcompiler.passes`, `qcompiler.roundings` or
+`qcompiler.backends`. One that fails to import is reported by name, and the others go on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from qcompiler.backend import Backend
 from qcompiler.errors import BackendError, BadInput, unknown
 from qcompiler.passbase import Pass
+from qcompiler.rounding.base import Rounding
 from qcompiler.spec import PassSpec, parse_pipeline
 
 BUILT_IN = {
@@ -39,6 +40,9 @@ BUILT_IN = {
         "split_outliers": "qcompiler.passes.split_outliers:SplitOutliers",
         "split_sparse": "qcompiler.passes.split_sparse:SplitSparse",
     },
+    "qcompiler.roundings": {
+        "nearest": "qcompiler.rounding.nearest:Nearest",
+    },
     "qcompiler.backends": {
         "cpu": "qcompiler.backends.cpu:CpuBackend",
         "null": "qcompiler.backends.null:NullBackend",
@@ -49,7 +53,7 @@ BUILT_IN = {
 }
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def table(group: str) -> dict[str, str]:
     """Name → `module:attribute`, ours and everybody's. Two providers of one name are an error."""
     found = dict(BUILT_IN[group])
@@ -69,6 +73,18 @@ def get_pass(name: str) -> type[Pass]:
     if not isinstance(cls, type) or not issubclass(cls, Pass):
         raise BadInput(f"pass {name!r} is {cls!r}; expected a subclass of qcompiler.Pass")
     return cls
+
+
+def get_rounding(text: str) -> Rounding:
+    """The rounding that `text` names, with its options: `gptq`, `gptq{damping=0.05}`."""
+    specs = parse_pipeline(text)
+    if len(specs) != 1:
+        raise BadInput(f"one rounding is wanted; found {text!r}")
+    name = specs[0].name
+    cls = _load("qcompiler.roundings", "rounding", name)
+    if not isinstance(cls, type) or not issubclass(cls, Rounding):
+        raise BadInput(f"rounding {name!r} is {cls!r}; expected a subclass of qcompiler.Rounding")
+    return cls.make(specs[0].options)
 
 
 def backend_class(name: str) -> type[Backend]:

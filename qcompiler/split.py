@@ -20,10 +20,10 @@ from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
 from qcompiler.formats import QFormat, Scheme
 from qcompiler.sites import Site, sites
+from qcompiler.stored import DECODERS
 from qcompiler.trial import layer_error, rounded, rounded_input
 
 aten = torch.ops.aten
-qc = torch.ops.qc
 
 INDEX_BYTES = 4
 """Indices are int32."""
@@ -117,7 +117,7 @@ def _why_not(site: Site) -> str:
     if len(site.weight.users) > 1:
         others = len(site.weight.users) - 1
         return f"its weight is shared with {others} more reader{'s' * (others > 1)}"
-    if site.weight.target is qc.dequantize.default:
+    if site.weight.target in DECODERS:
         return "its weight is stored as integers already; split before quantize"
     return ""
 

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "errors version hadamard layout",
-    "formats ops",
+    "spec formats",
+    "options observers ops",
     "io history program match",
     "diff edit run samples sites",
-    "facts rounding check spec spaces trial",
+    "rounding stored facts check spaces trial",
     "split objective learn",
     "passbase",
     "order",

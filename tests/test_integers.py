@@ -12,7 +12,7 @@ from test_canonicalize import X, canonical, operators
 from torch import Tensor
 
 from qcompiler import Program
-from qcompiler.formats import QTensor, unpack
+from qcompiler.formats import Grid, QFormat, QTensor, unpack
 from qcompiler.pipeline import run_pipeline
 from qcompiler.registry import make_passes
 
@@ -64,7 +64,8 @@ def test_dynamic_products(scale: Tensor, zero: Tensor | None, expected: str) -> 
     assert adopted(program) == [f"weight={expected} activation={DYNAMIC}"]
     data = unpack(program.params["weight.data"], 8, 8, True)
     zeros = program.params.get("weight.zero")
-    stored = QTensor(data, program.params["weight.scale"], zeros, None)  # type: ignore[arg-type]
+    grid = Grid(QFormat.parse(expected), program.params["weight.scale"], zeros)
+    stored = QTensor(data, grid)
     wanted = (Q.double() - (0 if zero is None else zero)) * scale
     torch.testing.assert_close(stored.dequantize(torch.float64), wanted.t(), rtol=1e-6, atol=0)
 

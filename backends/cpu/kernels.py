@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backend import Capability
-from qcompiler.formats import QFormat, QTensor
+from qcompiler.formats import Grid, QFormat, QTensor
 
 _library = torch.library.Library("qc_cpu", "DEF")
 _library.define(
@@ -224,7 +224,7 @@ def self_test(name: str) -> str | None:
         for weight in (torch.ones(64, 512, dtype=torch.int16), sign.to(torch.int16)):
             data = weight * fmt.qmax
             scale = torch.full(fmt.scale_shape((64, 512)), 0.5)
-            q = QTensor(data, scale, None, fmt)
+            q = QTensor(data, Grid(fmt, scale))
             x = torch.ones(rows, 512) if exact else torch.rand(rows, 512, generator=generator)
             activation = QFormat("int8", (-1,), dynamic=True) if exact else None
             try:

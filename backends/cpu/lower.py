@@ -16,10 +16,11 @@ from qcompiler.backends.cpu.choose import refusals, seconds
 from qcompiler.backends.cpu.kernels import KERNELS
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
-from qcompiler.formats import QFormat, QTensor, Scheme, unpack
+from qcompiler.formats import QFormat, QTensor, Scheme
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.sites import Site, sites
+from qcompiler.stored import read
 
 aten = torch.ops.aten
 qc = torch.ops.qc
@@ -53,7 +54,7 @@ class LowerLinear(Pass):
             scheme = plan.get(site.id)
             if scheme is None or site.kind.x is None or site.weight.op == "placeholder":
                 continue
-            stored = _stored(edit, site)
+            stored = read(edit, site.weight)
             if self._chosen(site, scheme, stored) == self.kernel:
                 edit.spend(self._reason(site, scheme), site.node)
                 self._lower(edit, facts, site, stored)
@@ -131,22 +132,6 @@ class LowerEmbedding(Pass):
                 qc.dequantize.default, *rows, *rest, like=site.node, replaces=[site.node]
             )
             edit.replace(site.node, new)
-
-
-def _stored(edit: Edit, site: Site) -> QTensor | None:
-    """The integers behind a site's weight, or None if it is not stored as integers."""
-    node = site.weight
-    if node.target is not qc.dequantize.default:
-        return None
-    data, scale, zero, text, width, _ = node.args
-    fmt = QFormat.parse(str(text))
-    assert isinstance(data, fx.Node) and isinstance(scale, fx.Node) and isinstance(width, int)
-    return QTensor(
-        unpack(edit.tensor(data), fmt.bits, width, fmt.signed),
-        edit.tensor(scale),
-        edit.tensor(zero) if isinstance(zero, fx.Node) else None,
-        fmt,
-    )
 
 
 def _input(site: Site) -> tuple[fx.Node, fx.Node | None]:

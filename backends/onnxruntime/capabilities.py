@@ -43,8 +43,8 @@ CAPABILITIES = (
     ),
     Capability(CONV_QDQ, "conv", "*int[5-8]:*", "*int?:tensor", REQUANTIZED, _REQUANTIZED),
     Capability(CONV_QDQ, "conv", "*int[5-8]:*", "*int?:tensor:asym", REQUANTIZED, _REQUANTIZED),
-    Capability(CONV, "conv", "*int*", "*", FLOAT32, f"{_OPENED}; {_ROUNDED}"),
-    Capability(GATHER, "embedding", "*int*", "*", FLOAT32, "only the rows that are read"),
+    Capability(CONV, "conv", "*int[2-8]:*", "*", FLOAT32, f"{_OPENED}; {_ROUNDED}"),
+    Capability(GATHER, "embedding", "*int[2-8]:*", "*", FLOAT32, "only the rows that are read"),
 )
 
 

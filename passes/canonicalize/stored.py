@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.edit import Edit
-from qcompiler.formats import QFormat, pack
+from qcompiler.formats import QFormat
 from qcompiler.passes.canonicalize.layout import order_of
 from qcompiler.passes.canonicalize.match import is_call
 from qcompiler.program import Tag, node_id, shape_of
@@ -91,7 +91,8 @@ def settle_stored(edit: Edit) -> None:
     """A stored weight's parts are parameters: what a file reshapes first is stored reshaped."""
     for node in edit.calls(qc.dequantize.default):
         if edit.is_weight(node) and any(
-            isinstance(n, fx.Node) and edit.param_of(n) is None for n in node.args[:3]
+            isinstance(n, fx.Node) and edit.param_of(n) is None and n.target is not node.target
+            for n in node.args[:3]
         ):
             edit.spend("parts of a stored weight, as they are read", node)
             parts = [constant(edit, n, node) for n in node.args[:3]]  # type: ignore[arg-type]
@@ -140,7 +141,7 @@ def _store(
         fmt = replace(fmt, full=False)  # kernels serve the symmetric range
     rows = q.reshape(q.shape[0], -1)
     scale = scale.reshape(fmt.scale_shape(tuple(rows.shape))).float().contiguous()
-    parts = {"data": pack(rows, fmt.bits), "scale": scale}
+    parts = {"data": fmt.pack(rows), "scale": scale}
     if zero is not None:
         parts["zero"] = zero.reshape(scale.shape).to(torch.int16).contiguous()
     stem = Tag.of(name).id

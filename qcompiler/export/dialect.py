@@ -41,6 +41,7 @@ class Dialect:
             self.site(draft, site)
         rules: dict[object, Callable[[Draft, fx.Node], None]] = {
             qc.dequantize.default: self.dequantize,
+            qc.lookup.default: _plain(ops.lookup),
             qc.fake_quantize.default: self.fake_quantize,
             qc.quantize.default: _plain(kernels.quantize),
             qc.dequantize_integers.default: _plain(kernels.dequantize_integers),

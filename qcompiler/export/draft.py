@@ -14,6 +14,8 @@ from torch.fx.node import Argument, map_aggregate
 
 from qcompiler.edit import copy_graph
 from qcompiler.export.weights import Weight
+from qcompiler.formats import QFormat
+from qcompiler.ops import dequantize_packed
 from qcompiler.program import Program, node_id
 
 qc = torch.ops.qc
@@ -47,11 +49,26 @@ class Draft:
         """The stored weight that `node` makes floats of; None if it makes none of parameters."""
         if node.target is not qc.dequantize.default or not isinstance(node.args[0], fx.Node):
             return None
-        data, scale, zero = (self.param(a) for a in node.args[:3])
+        if not QFormat.parse(str(node.args[3])).is_integer:
+            return None
+        data, scale, zero = self.param(node.args[0]), self._scale(node.args[1]), None
+        if node.args[2] is not None:
+            zero = self.param(node.args[2])
         if data is None or scale is None or (zero is None and node.args[2] is not None):
+            return None
+        if zero is not None and zero.is_floating_point():
             return None
         name = self.names[node.args[0].name].removesuffix(".data")
         return Weight.of(node, name, data, scale, zero)
+
+    def _scale(self, node: object) -> Tensor | None:
+        """A scale that is a parameter, or is decoded from parameters."""
+        if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default:
+            return self.param(node)
+        data, scale, zero = (self._scale(a) for a in node.args[:3])
+        if data is None:
+            return None
+        return dequantize_packed(data, scale, zero, *node.args[3:])  # type: ignore[arg-type]
 
     def constant(self, name: str, value: Tensor | None) -> fx.Node | None:
         """A placeholder for `value`, one for each name; None stays None."""

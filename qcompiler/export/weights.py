@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from qcompiler.formats import QFormat, spread, unpack
+from qcompiler.formats import QFormat
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Weight:
         shape = (*data.shape[:-1], scale.shape[-1])
 
         def rows(values: Tensor) -> Tensor:
-            return spread(values, shape).expand(shape).reshape(-1, shape[-1])
+            return values.expand(shape).reshape(-1, shape[-1])
 
-        numbers = unpack(data, fmt.bits, width, fmt.signed).reshape(-1, width)
+        numbers = fmt.unpack(data, width).reshape(-1, width)
         return cls(name, fmt, numbers, rows(scale.float()), None if zero is None else rows(zero))
 
     @property
@@ -62,9 +62,9 @@ class Weight:
 
 
 def group_of(fmt: QFormat, width: int) -> int:
-    """Neighbours in a row of `width` that share a scale, as the reference spreads scales."""
-    numbers = torch.arange(fmt.scale_shape((1, width))[1]).reshape(1, -1)
-    return int((spread(numbers, (1, width)).expand(1, width) == 0).sum())
+    """Neighbours in a row of `width` that share a scale."""
+    group = fmt.blocks((1, width))[1]
+    return width if group == -1 else min(group, width)
 
 
 def container(bits: int) -> int:

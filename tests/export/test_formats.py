@@ -62,7 +62,7 @@ def operators(model: onnx.ModelProto) -> set[str]:
         ("uint4:group10:asym", "UINT4", 21),
         ("int2:group10", "INT4", 21),
         ("int4:group5", "INT8", 21),  # in odd groups, OpenVINO would read wrong numbers
-        ("int4:group17", "INT4 INT8", 21),  # groups of 17, 17, 16, spelled out
+        ("int4:group17", "INT8", 18), ("int4:group18", "INT4 INT8", 21),  # groups of 17, 17, 16, spelled out
     ],
 )
 def test_weights(weight: str, container: str, opset: int, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Quantized tensors in a graph: a `QTensor` as nodes, and nodes as the `QTensor` that they decode.
+
+    W = dequantize(data, scale, zero)        scale = dequantize(codes, …)  if it is quantized itself
+
+Scales that are stored in less than float32 (MX, NVFP4, double quantization) are an expression like
+any other weight: no operator and no pass need know of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qcompiler.edit import Edit
+from qcompiler.formats import Grid, QFormat, QTensor
+
+qc = torch.ops.qc
+DECODERS = (qc.dequantize.default, qc.lookup.default)
+"""Operators that make numbers of codes."""
+
+
+def write(
+    edit: Edit, q: QTensor, stem: str, dtype: torch.dtype, *, of: fx.Node, like: fx.Node
+) -> fx.Node:
+    """The node that decodes `q` to `dtype`, its parameters called `stem.…` and held as `of` is."""
+    fmt, grid = q.format, q.grid
+    width = int(q.data.shape[-1])
+    data = edit.new_param(f"{stem}.data", fmt.pack(q.data), like=of)
+    if grid.table is not None:
+        table = edit.new_param(f"{stem}.table", grid.table, like=of)
+        return edit.call(qc.lookup.default, data, table, str(fmt), width, dtype, like=like)
+    zero = None if grid.zero is None else edit.new_param(f"{stem}.zero", grid.zero, like=of)
+    scale: fx.Node | None = None
+    if grid.stored is not None:
+        scale = write(edit, grid.stored, f"{stem}.scale", torch.float32, of=of, like=like)
+    elif not fmt.unscaled:
+        scale = edit.new_param(f"{stem}.scale", grid.scale, like=of)
+    return edit.call(qc.dequantize.default, data, scale, zero, str(fmt), width, dtype, like=like)
+
+
+def read(edit: Edit, node: fx.Node) -> QTensor | None:
+    """What `node` decodes, or None if it decodes no stored tensor."""
+    if node.target not in DECODERS:
+        return None
+    data, second = node.args[0], node.args[1]
+    if not isinstance(data, fx.Node) or edit.param_of(data) is None:
+        return None
+    if node.target is qc.lookup.default:
+        text, width = node.args[2:4]
+    else:
+        text, width = node.args[3:5]
+    fmt = QFormat.parse(str(text))
+    assert isinstance(width, int)
+    codes = fmt.unpack(edit.tensor(data), width)
+    if node.target is qc.lookup.default:
+        assert isinstance(second, fx.Node)
+        return QTensor(codes, Grid(fmt, torch.ones(1), None, edit.tensor(second)))
+    zero = edit.tensor(node.args[2]) if isinstance(node.args[2], fx.Node) else None
+    if not isinstance(second, fx.Node):
+        return QTensor(codes, Grid(fmt, torch.ones(1), zero))
+    inner = read(edit, second)
+    scale = edit.tensor(second) if inner is None else inner.dequantize()
+    return QTensor(codes, Grid(fmt, scale, zero, None, inner))
