@@ -88,6 +88,8 @@ def _fit(site: Site, weight: str, activation: str) -> Scheme:
         raise BadInput(f"assign: {w.element} has no negative numbers, and a weight has; found {w}")
     if w is not None and w.dynamic:
         raise BadInput(f"assign: a weight has no dynamic scales; found {weight!r}")
+    if a is not None and not a.dynamic and a.block == NAMED_BLOCKS["channel"]:
+        a = replace(a, block=_channelwise(site))
     if site.kind.name == "conv":
         rank = site.weight.meta["val"].ndim
         if w is not None and w.block is not None:
@@ -95,6 +97,14 @@ def _fit(site: Site, weight: str, activation: str) -> Scheme:
         if a is not None and a.block == NAMED_BLOCKS["token"]:
             a = replace(a, block=(-1,) * (rank - 1))
     return Scheme(w, a)
+
+
+def _channelwise(site: Site) -> tuple[int, ...]:
+    """The block of an input with one scale for each channel."""
+    assert site.x is not None
+    block = [-1] * site.x.meta["val"].ndim
+    block[site.kind.channel] = 1
+    return tuple(block)
 
 
 def _is_head(node: fx.Node) -> bool:

@@ -1,112 +1,185 @@
-"""Carry out the plan: store weights as integers, round activations where they are read.
+"""Carry out the plan: store weights as codes, round activations where they are read.
 
     y = linear( fakequant(x), dequantize(q, s), b )        q = clamp(round(W / s))
 
-(Jacob et al. 2018, eq. 1.) The result is the *reference* program: every backend kernel is compared
-with it.
+(Jacob et al. 2018, eq. 1.) Which codes, is the business of the `rounding`; which scales activations
+get, that of `ranges` and `cross`. The result is the *reference* program: every backend kernel is
+compared with it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from qcompiler.rounding.bias import bias_correction
 from torch import fx
 
+from qcompiler.activations import InputRounding
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
-from qcompiler.formats import Grid, QFormat
+from qcompiler.formats import QFormat, Scheme
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.registry import get_rounding
-from qcompiler.rounding import Inputs, Layer
 from qcompiler.sites import Site, sites
+from qcompiler.state import Solved
 from qcompiler.stored import write
 
 aten = torch.ops.aten
-qc = torch.ops.qc
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """Replace weights by integers and round activations, as the plan says."""
+    """Replace weights by codes and round activations, as the plan says."""
 
     name: ClassVar[str] = "quantize"
     effect: ClassVar[Effect] = Effect.LOSSY
     reads: ClassVar[tuple[str, ...]] = ("plan",)
     ends: ClassVar[tuple[str, ...]] = ("weights",)
-    needs: ClassVar[tuple[str, ...]] = ("activations",)
 
     rounding: str = "nearest"
+    """How codes are found: a name, with options in braces: `"gptq{damping=0.05}"`."""
+    ranges: str = "minmax"
+    """Range of a static activation: minmax, percentile, mse or entropy."""
+    cross: float = 0.0
+    """Scale dynamic activations per token × channel with this exponent (CrossQuant: 0.15)."""
+    bias_correction: bool = False
+    """Take the mean error of each output off, in the bias (Nagel et al. 2019)."""
     budget: float = 1.0
     """Largest relative error of an output against the program before; 1 is as wrong as zero."""
 
     def needs_for(self, program: Program) -> tuple[str, ...]:
-        """Only static activations need calibration."""
-        static = any(s.activation and not s.activation.dynamic for s in program.plan.values())
-        return self.needs if static else ()
+        """Data only for what asks for them: static activations, roundings that optimize."""
+        rounding = get_rounding(self.rounding).needed()
+        schemes = program.plan.values()
+        found = self._inputs.needs([s.activation for s in schemes if s.activation is not None])
+        if any(s.weight is not None for s in schemes):
+            found |= {"batches"} if rounding else set()
+            found |= {"fisher"} if "fisher" in rounding else set()
+            found |= {"activations"} if self.bias_correction else set()
+        return tuple(sorted(found))
 
     def tolerance(self, facts: Facts) -> float:
         return self.budget
+
+    @property
+    def _inputs(self) -> InputRounding:
+        return InputRounding(self.ranges, self.cross)
 
     def run(self, edit: Edit, facts: Facts) -> None:
         plan = edit.plan
         if not plan:
             raise BadInput("quantize: the plan is empty; put `assign` before it")
+        rounding = get_rounding(self.rounding)
+        solved = facts.solve(rounding, self._with_rounded_inputs(facts))
         weights: dict[tuple[fx.Node, QFormat], fx.Node] = {}
         inputs: dict[tuple[fx.Node, QFormat], fx.Node] = {}
         for site in sites(edit.nodes):
             scheme = plan.get(site.id)
             if scheme is None:
                 continue
-            if scheme.weight and edit.param_of(site.weight) is None:
+            if scheme.weight and site.id not in solved:
                 edit.skip(
                     site.node, "its weight is still an expression; put `fold` before quantize"
                 )
                 continue
-            edit.spend(f"stored and computed as the plan says: {scheme}", site.node)
+            edit.spend(_reason(scheme, solved.get(site.id)), site.node)
             if scheme.weight:
                 key = (site.weight, scheme.weight)
                 if key not in weights:
-                    weights[key] = self._weight(edit, facts, site, scheme.weight)
+                    weights[key] = _weight(edit, site, solved[site.id])
+                if self.bias_correction and site.kind.bias is not None:
+                    _correct(edit, facts, site, solved[site.id])
                 edit.rewire(site.node, site.kind.weight, weights[key])
-            if scheme.activation and site.x is not None and site.kind.x is not None:
-                key = (site.x, scheme.activation)
-                if key not in inputs:
-                    inputs[key] = _input(edit, facts, site, scheme.activation)
-                edit.rewire(site.node, site.kind.x, inputs[key])
+            if scheme.activation and site.kind.x is not None:
+                self._round_input(edit, facts, site, scheme.activation, inputs)
+        _tell_too_little(edit, solved, rounding.needed())
 
-    def _weight(self, edit: Edit, facts: Facts, site: Site, fmt: QFormat) -> fx.Node:
-        """dequantize(packed, scale) in the type and shape of the weight it replaces."""
-        node = site.weight
-        name = str(edit.param_of(node))
-        value = edit.tensor(node)
+    def _with_rounded_inputs(self, facts: Facts) -> Program:
+        """The program as its weights will see it."""
+        scratch = Edit(facts.program, self.name)
+        scratch.spend("activations as the plan says")
+        inputs: dict[tuple[fx.Node, QFormat], fx.Node] = {}
+        for site in sites(scratch.nodes):
+            scheme = scratch.plan.get(site.id)
+            if scheme and scheme.activation and site.kind.x is not None:
+                self._round_input(scratch, facts, site, scheme.activation, inputs)
+        return scratch.seal()[0]
+
+    def _round_input(
+        self,
+        edit: Edit,
+        facts: Facts,
+        site: Site,
+        fmt: QFormat,
+        known: dict[tuple[fx.Node, QFormat], fx.Node],
+    ) -> None:
+        """Have `site` read its input rounded, by one node for all that read it so."""
+        assert site.x is not None and site.kind.x is not None
+        key = (site.x, fmt)
+        if key not in known:
+            known[key] = self._inputs.write(edit, facts, site, fmt)
+        edit.rewire(site.node, site.kind.x, known[key])
+
+
+def _weight(edit: Edit, site: Site, solved: Solved) -> fx.Node:
+    """What decodes the codes, in the type and shape of the weight it replaces."""
+    node, value = site.weight, edit.tensor(site.weight)
+    name = str(edit.param_of(node))
+    new = write(edit, solved.weight, name, value.dtype, of=node, like=site.node)
+    if value.ndim != 2:
         # Rows are flattened, so that a 3 × 3 kernel packs as densely as a matrix.
-        rows = value.reshape(value.shape[0], -1)
-        flat = fmt if fmt.block is None or len(fmt.block) == 1 else replace(fmt, block=(-1,))
-        inputs = Inputs(facts.activations.get(site.id))
-        q = get_rounding(self.rounding).layer(Layer(site.id, rows.float(), flat, inputs))
-        new = write(edit, q, name, value.dtype, of=node, like=site.node)
-        if value.ndim != 2:
-            new = edit.call(aten.reshape.default, new, list(value.shape), like=site.node)
-        return new
+        new = edit.call(aten.reshape.default, new, list(value.shape), like=site.node)
+    return new
 
 
-def _input(edit: Edit, facts: Facts, site: Site, fmt: QFormat) -> fx.Node:
-    assert site.x is not None
-    if fmt.dynamic:
-        return edit.call(qc.fake_quantize.default, site.x, str(fmt), like=site.node)
-    if fmt.block is not None:
-        raise BadInput(f"a static activation has one scale per tensor; found {fmt} at {site.id}")
-    seen = facts.activation(site.id)
-    grid = Grid.cover(torch.tensor(seen.low), torch.tensor(seen.high), fmt)
-    stem = f"{site.id.rpartition('/')[0] or site.id}.input"
-    scale_node = edit.new_param(f"{stem}_scale", grid.scale, like=site.node)
-    zero = grid.zero
-    zero_node = None if zero is None else edit.new_param(f"{stem}_zero", zero, like=site.node)
-    return edit.call(
-        qc.fake_quantize.default, site.x, str(fmt), scale_node, zero_node, like=site.node
-    )
+def _correct(edit: Edit, facts: Facts, site: Site, solved: Solved) -> None:
+    """Add what the rounding of the weight takes from the mean of each output to the bias."""
+    weight = edit.tensor(site.weight).float().flatten(2)
+    rounded = solved.weight.dequantize().reshape(weight.shape)
+    mean = facts.activation(site.id).mean
+    if weight.ndim > 2:
+        weight, rounded = weight.sum(-1), rounded.sum(-1)
+    groups = len(mean) // weight.shape[1]
+    if groups > 1:  # each group of rows reads channels of its own
+        mean = mean.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    shift = bias_correction(weight, rounded, mean).to(edit.tensor(site.weight).dtype)
+    if site.bias is None:
+        stem = site.id.rpartition("/")[0] or site.id
+        new = edit.new_param(f"{stem}.bias", shift, like=site.node)
+    else:
+        param = edit.new_param(
+            f"{edit.param_of(site.bias) or site.id}.shift", shift, like=site.node
+        )
+        new = edit.call(aten.add.Tensor, site.bias, param, like=site.node)
+    assert site.kind.bias is not None
+    edit.rewire(site.node, site.kind.bias, new)
+
+
+def _reason(scheme: Scheme, solved: Solved | None) -> str:
+    words = f"stored and computed as the plan says: {scheme}"
+    if solved is not None and solved.error is not None:
+        words += f"; its output is off by {solved.error**0.5:.2%} on {solved.vectors} vectors"
+    return words
+
+
+def _tell_too_little(edit: Edit, solved: Mapping[str, Solved], needed: tuple[str, ...]) -> None:
+    """Say where a Gram matrix cannot have full rank."""
+    if "gram" not in needed:
+        return
+    short = [s for s in solved.values() if 0 < s.vectors < s.weight.data.shape[1]]
+    if short:
+        worst = max(short, key=lambda s: s.weight.data.shape[1] / s.vectors)
+        width = worst.weight.data.shape[1]
+        edit.note(
+            f"{len(short)} layers saw fewer input vectors than they have inputs ({worst.vectors} "
+            f"of {width}): their Gram matrix is singular; hand over at least "
+            f"{-(-width // worst.vectors)} times the data"
+        )
+    if blind := [id for id, s in solved.items() if s.vectors == 0]:
+        edit.note(f"rounded to nearest, as no input vectors were seen: {', '.join(blind[:5])}")

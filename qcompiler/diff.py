@@ -6,6 +6,7 @@ is small, can be saved, and is all that a diff needs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -53,6 +54,11 @@ class Snapshot:
     nodes: Mapping[str, NodeText]
     params: Mapping[str, ParamText]
     plan: Mapping[str, str]
+
+
+def fingerprint(program: Program) -> str:
+    """A name for the whole content of a sealed program: graph, parameters, plan."""
+    return hashlib.sha256(repr(program.history[-1].after).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,34 @@ stale fact cannot exist.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
 from qcompiler.errors import BadInput
+from qcompiler.fisher import fisher
+from qcompiler.keep import Keep
 from qcompiler.observers import Histogram, Range, Sample, Statistic
 from qcompiler.program import Program, node_id
+from qcompiler.rounding.base import Rounding
 from qcompiler.run import evaluate, param_value
 from qcompiler.samples import Flat
 from qcompiler.sites import sites
+from qcompiler.state import Solved
+from qcompiler.walk import Walk
 
-NEEDS = ("activations", "samples", "histograms", "batches")
+NEEDS = ("activations", "samples", "histograms", "batches", "fisher")
 """Facts that a pass may ask for and that take data: ranges, vectors, how often each number came,
-whole inputs."""
+whole inputs, how much the outputs feel a change of a weight."""
 STATISTICS: Mapping[str, type[Statistic]] = {
     "activations": Range,
     "samples": Sample,
     "histograms": Histogram,
 }
+EVERY = 5.0
+"""Seconds between two times at which what was seen so far is written down."""
 
 Tick = Callable[[int, int], None]
 """(done, of how many)"""
@@ -44,10 +52,15 @@ class Facts:
     """Site id → how often each number came."""
     batches: tuple[Flat, ...] = ()
     """The calibration inputs themselves."""
+    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    """Site id → E (∂L/∂W)² of its weight by rows (see `fisher.py`)."""
     synthetic: bool = False
     """Calibrated on random inputs, because the user gave no data."""
     tick: Tick = lambda done, total: None
     """Long work inside a pass tells here how far it is."""
+    keep: Keep | None = None
+    """Where long work leaves what it has come to, to go on from there after a kill."""
+    _solved: dict[tuple[str, str], Mapping[str, Solved]] = field(default_factory=dict)
 
     def value(self, node: fx.Node) -> Tensor | None:
         """Value (float64) of an expression of parameters, or None if it depends on an input."""
@@ -59,11 +72,37 @@ class Facts:
             raise BadInput(f"no calibration data reached {site_id}; is it computed at all?")
         return self.activations[site_id]
 
+    def histogram(self, site_id: str) -> Histogram:
+        """How often each number came at the input of a site."""
+        if site_id not in self.histograms:
+            raise BadInput(f"no calibration data reached {site_id}; is it computed at all?")
+        return self.histograms[site_id]
+
     def sample(self, site_id: str) -> Tensor:
         """Input vectors of a site, float32 (vectors, channels)."""
         if site_id not in self.samples:
             raise BadInput(f"no calibration data reached {site_id}; is it computed at all?")
         return self.samples[site_id].rows
+
+    def solve(self, rounding: Rounding, rounded: Program) -> Mapping[str, Solved]:
+        """Site id → its weight rounded as the plan says, for every site with a weight format.
+
+        `rounded` is the program with rounded activations: what reaches a weight in it is what the
+        weight is rounded for. A pass that is run again, with less fuel, is told the same again.
+        """
+        key = (str(rounding), str(dict(rounded.plan)))
+        if key not in self._solved:
+            added = set(rounded.by_id) - set(self.program.by_id)
+            self._solved[key] = Walk(
+                rounded,
+                self.batches if rounding.needed() else (),
+                rounding,
+                frozenset(added),
+                self.fisher,
+                None if self.keep is None else self.keep.under(*key),
+                self.tick,
+            ).run()
+        return self._solved[key]
 
 
 def measure(
@@ -71,14 +110,20 @@ def measure(
     data: Iterable[Flat],
     needs: Collection[str] = ("activations",),
     progress: Callable[[int], None] | None = None,
+    keep: Keep | None = None,
 ) -> Facts:
-    """One pass over `data` for all facts that are needed. One batch is alive at a time."""
+    """One pass over `data` for all facts that are needed. One batch is alive at a time.
+
+    With `keep` (a folder for this program and these data), a run that was killed goes on behind the
+    last batch that was written down.
+    """
     kinds = {need: kind for need, kind in STATISTICS.items() if need in needs}
+    name = "+".join(kinds)
+    found, done = _read(keep, name, kinds)
     readers: dict[fx.Node, list[tuple[str, int]]] = {}
     for site in sites(program.graph.nodes):
         if site.x is not None:
             readers.setdefault(site.x, []).append((site.id, site.kind.channel))
-    found: dict[str, dict[str, Statistic]] = {need: {} for need in kinds}
     batches: list[Flat] = []
 
     def watch(node: fx.Node, value: object) -> None:
@@ -94,14 +139,48 @@ def measure(
                 new, old = kind.of(rows), found[need].get(id)
                 found[need][id] = new if old is None else old.merge(new)
 
-    count = 0
+    count, written = 0, time.monotonic()
     for count, inputs in enumerate(data, 1):
-        if "batches" in needs:
+        if {"batches", "fisher"} & set(needs):
             batches.append(inputs)
-        if kinds:
+        if kinds and count > done:
             evaluate(program, inputs, watch)
+            if keep is not None and time.monotonic() - written > EVERY:
+                _write(keep, name, found, count)
+                written = time.monotonic()
         if progress is not None:
             progress(count)
     if count == 0:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
-    return Facts(program, **found, batches=tuple(batches))  # type: ignore[arg-type]
+    if keep is not None and kinds and count > done:
+        _write(keep, name, found, count)
+    felt = fisher(program, batches, progress) if "fisher" in needs else {}
+    return Facts(program, **found, batches=tuple(batches), fisher=felt)  # type: ignore[arg-type]
+
+
+def _write(keep: Keep, name: str, found: Mapping[str, Mapping[str, Statistic]], count: int) -> None:
+    """What was seen of the first `count` batches."""
+    tensors = {
+        f"{need}|{id}|{key}": value
+        for need, by_id in found.items()
+        for id, statistic in by_id.items()
+        for key, value in statistic.state().items()
+    }
+    keep.save(name, tensors, count)
+
+
+def _read(
+    keep: Keep | None, name: str, kinds: Mapping[str, type[Statistic]]
+) -> tuple[dict[str, dict[str, Statistic]], int]:
+    """What a run before this one has seen, and of how many batches."""
+    found: dict[str, dict[str, Statistic]] = {need: {} for need in kinds}
+    kept = keep.load(name) if keep is not None and kinds else None
+    if kept is None:
+        return found, 0
+    states: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, value in kept[0].items():
+        need, id, name = key.split("|")
+        states.setdefault((need, id), {})[name] = value
+    for (need, id), state in states.items():
+        found[need][id] = kinds[need].restore(state)
+    return found, int(str(kept[1]))

@@ -7,19 +7,23 @@ nodes, and the program is the one before the pass.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from qcompiler.check import Checker, Verdict, sqnr_db
-from qcompiler.diff import Diff, diff, snapshot
+from qcompiler.diff import Diff, diff, fingerprint, snapshot
 from qcompiler.edit import Edit, OutOfFuel
 from qcompiler.errors import PassError, QCompilerError
 from qcompiler.facts import NEEDS, Facts, measure
 from qcompiler.history import Effect, Reason, Step
+from qcompiler.keep import Keep
 from qcompiler.order import check_order
 from qcompiler.passbase import Pass
-from qcompiler.program import Program
+from qcompiler.program import Program, digest
 from qcompiler.samples import Flat, check_inputs, synthetic_data
 
 
@@ -50,13 +54,18 @@ def run_pipeline(
     data: Data | None = None,
     example: Flat | None = None,
     watch: Watcher | None = None,
+    keep: Keep | None = None,
 ) -> Program:
     """Run `passes` over `program` and return the last sealed program, with its history.
+
+    With `keep`, long work is written down there as it goes, and a run that was killed goes on from
+    it when it is started again with the same model, data and passes.
 
     Raises `PassError` when a pass breaks its promise; `program` is untouched in any case.
     """
     check_order(passes)
     checker = Checker(program, check_inputs(program.io, example))
+    feed = _Feed(program, data, keep)
     for index, step in enumerate(passes):
 
         def tell(
@@ -65,9 +74,42 @@ def run_pipeline(
             if watch is not None:
                 watch(Progress(at, len(passes), name, doing, batch, of))
 
-        program = _run_pass(program, step, data, checker, tell)
+        program = _run_pass(program, step, feed, checker, tell)
         tell("done")
     return program
+
+
+class _Feed:
+    """Calibration data, the user's or random ones, and where what comes of them is kept."""
+
+    def __init__(self, program: Program, data: Data | None, keep: Keep | None) -> None:
+        self._synthetic = data is None
+        self._data = data or (lambda: synthetic_data(program.io))
+        self._keep = keep
+        self._digest = _data_digest(self._data()) if keep is not None else ""
+
+    def facts(self, program: Program, step: Pass, tell: Callable[..., None]) -> Facts:
+        """The facts that `step` needs of `program`."""
+        needs = step.needs_for(program)
+        if unknown := set(needs) - set(NEEDS):
+            raise PassError(
+                f"pass {step.name!r} needs unknown facts {sorted(unknown)}; known: {NEEDS}"
+            )
+        tick = lambda done, total: tell("optimizing", done, total)  # noqa: E731 (a name for a call)
+        if not needs:
+            return Facts(program, tick=tick)
+        keep = self._keep and self._keep.under(fingerprint(program), self._digest, step)
+        found = measure(program, self._data(), needs, lambda n: tell("calibrating", n), keep)
+        return replace(found, synthetic=self._synthetic, tick=tick, keep=keep)
+
+
+def _data_digest(data: Iterable[Flat]) -> str:
+    """A name for the content of all batches."""
+    hasher = hashlib.sha256()
+    for batch in data:
+        for value in batch:
+            hasher.update((digest(value) if isinstance(value, Tensor) else repr(value)).encode())
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,10 +125,10 @@ class _Attempt:
 
 
 def _run_pass(
-    program: Program, step: Pass, data: Data | None, checker: Checker, tell: Callable[..., None]
+    program: Program, step: Pass, feed: _Feed, checker: Checker, tell: Callable[..., None]
 ) -> Program:
     start = time.perf_counter()
-    facts = _facts(program, step, data, tell)
+    facts = feed.facts(program, step, tell)
     tell("rewriting")
 
     def attempt(fuel: int | None) -> _Attempt:
@@ -121,18 +163,6 @@ def _run_pass(
         seconds=time.perf_counter() - start,
     )
     return full.program.with_history(record)
-
-
-def _facts(program: Program, step: Pass, data: Data | None, tell: Callable[..., None]) -> Facts:
-    needs = step.needs_for(program)
-    if unknown := set(needs) - set(NEEDS):
-        raise PassError(f"pass {step.name!r} needs unknown facts {sorted(unknown)}; known: {NEEDS}")
-    if not needs:
-        return Facts(program)
-    batches = synthetic_data(program.io) if data is None else data()
-    found = measure(program, batches, needs, lambda n: tell("calibrating", n))
-    tick = lambda done, total: tell("optimizing", done, total)  # noqa: E731 (a name for one call)
-    return replace(found, synthetic=data is None, tick=tick)
 
 
 def _attempt(

@@ -122,6 +122,11 @@ class Program:
             raise unknown("node", id, self.by_id)
         return self.by_id[id]
 
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Placeholders of what a caller hands over, in order."""
+        return [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.slots]
+
     @cached_property
     def activations(self) -> frozenset[fx.Node]:
         """Inputs and calls that depend on one; the rest are parameters and their expressions."""

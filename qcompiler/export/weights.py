@@ -45,9 +45,10 @@ class Weight:
 
     @property
     def nibbles(self) -> bool:
-        """Whether the numbers are written in 4 bits. Groups of odd size are not: OpenVINO (2026.4)
-        reads two numbers at a time, and past the end of each group."""
-        even = self.group % 2 == 0 and self.data.shape[1] % 2 == 0
+        """Whether the numbers are written in 4 bits. Groups of odd size are not, nor a short last
+        one: OpenVINO (2026.4) reads two numbers at a time, and past the end of each group, and
+        divides by zero where it spells groups out."""
+        even = self.group % 2 == 0 and self.data.shape[1] % self.group == 0
         return self.format.bits <= 4 and even
 
     @property

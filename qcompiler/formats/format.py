@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from torch import Tensor
@@ -178,6 +178,12 @@ class QFormat:
             return (-1,) * len(shape)
         block = self.block[-len(shape) :] if len(self.block) > len(shape) else self.block
         return (1,) * (len(shape) - len(block)) + block
+
+    @property
+    def by_rows(self) -> QFormat:
+        """The format of a kernel's rows (out, in · taps): a kernel has one scale a row, or one."""
+        plain = self.block is None or len(self.block) == 1
+        return self if plain else replace(self, block=(-1,))
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes (…, n) in bytes, uint8 (…, bytes of a row)."""

@@ -53,9 +53,13 @@ class Layer:
 class Block(Protocol):
     """Layers that are rounded together, and what they compute."""
 
-    layers: Mapping[str, Layer]
-    batches: int
-    """Batches of calibration data."""
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """What is to be rounded, by id."""
+
+    @property
+    def batches(self) -> int:
+        """Batches of calibration data."""
 
     def wanted(self, batch: int) -> tuple[Tensor, ...]:
         """What the float program computes for the block's outputs."""
