@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from qcompiler.activations import channelwise
+from qcompiler.attention import attentions
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
@@ -37,6 +39,12 @@ class Assign(Pass):
     """Format of embedding tables."""
     head: str = FLOAT
     """Weight format of the last linear before an output; `same` is like all others."""
+    key: str = FLOAT
+    """Format of attention's keys, before their rotary embedding: `int4:channel` is KVQuant's."""
+    value: str = FLOAT
+    """Format of attention's values: `int4:token:asym:dynamic`."""
+    probabilities: str = FLOAT
+    """Format of attention's probabilities: `log4:tensor:dynamic`."""
     exceptions: tuple[str, ...] = ()
     """`pattern=weight` or `pattern=weight/activation`, matched against node ids, first one wins."""
 
@@ -55,9 +63,29 @@ class Assign(Pass):
                 continue
             edit.spend(f"{scheme}", site.node)
             edit.assign(site.node, scheme)
+        self._attention(edit)
         for number, (pattern, *_) in enumerate(rules):
             if number not in used:
                 raise BadInput(f"assign: exception {pattern!r} matches no site; see `inspect`")
+
+    def _attention(self, edit: Edit) -> None:
+        texts = {"key": self.key, "value": self.value, "probabilities": self.probabilities}
+        formats = {part: QFormat.parse(t) for part, t in texts.items() if t != FLOAT}
+        found = attentions(edit.nodes) if formats else []
+        if formats and not found:
+            raise BadInput(
+                f"assign: there is no attention whose {' or '.join(formats)} could be rounded; "
+                "put `canonicalize` before it, or leave the option out"
+            )
+        for attention in found:
+            scheme = Scheme(
+                **{
+                    part: f if part == "probabilities" else channelwise(attention.edge(part), f)
+                    for part, f in formats.items()
+                }
+            )
+            edit.spend(f"{scheme}", attention.node)
+            edit.assign(attention.node, scheme)
 
     def _choose(
         self, site: Site, rules: list[tuple[str, str, str]]
@@ -88,8 +116,8 @@ def _fit(site: Site, weight: str, activation: str) -> Scheme:
         raise BadInput(f"assign: {w.element} has no negative numbers, and a weight has; found {w}")
     if w is not None and w.dynamic:
         raise BadInput(f"assign: a weight has no dynamic scales; found {weight!r}")
-    if a is not None and not a.dynamic and a.block == NAMED_BLOCKS["channel"]:
-        a = replace(a, block=_channelwise(site))
+    if a is not None and (edge := site.input) is not None:
+        a = channelwise(edge, a)
     if site.kind.name == "conv":
         rank = site.weight.meta["val"].ndim
         if w is not None and w.block is not None:
@@ -97,14 +125,6 @@ def _fit(site: Site, weight: str, activation: str) -> Scheme:
         if a is not None and a.block == NAMED_BLOCKS["token"]:
             a = replace(a, block=(-1,) * (rank - 1))
     return Scheme(w, a)
-
-
-def _channelwise(site: Site) -> tuple[int, ...]:
-    """The block of an input with one scale for each channel."""
-    assert site.x is not None
-    block = [-1] * site.x.meta["val"].ndim
-    block[site.kind.channel] = 1
-    return tuple(block)
 
 
 def _is_head(node: fx.Node) -> bool:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from qcompiler.rounding.bias import bias_correction
 from torch import fx
 
 from qcompiler.activations import InputRounding
+from qcompiler.attention import attentions, spell_out
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
@@ -26,11 +26,15 @@ from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.registry import get_rounding
-from qcompiler.sites import Site, sites
+from qcompiler.rounding.bias import bias_correction
+from qcompiler.sites import Edge, Site, sites
 from qcompiler.state import Solved
 from qcompiler.stored import write
 
 aten = torch.ops.aten
+qc = torch.ops.qc
+Known = dict[tuple[fx.Node, QFormat], fx.Node]
+"""(value, format) → the node that rounds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,8 @@ class Quantize(Pass):
         """Data only for what asks for them: static activations, roundings that optimize."""
         rounding = get_rounding(self.rounding).needed()
         schemes = program.plan.values()
-        found = self._inputs.needs([s.activation for s in schemes if s.activation is not None])
+        inputs = [f for s in schemes for f in (s.activation, s.key, s.value) if f is not None]
+        found = self._inputs.needs(inputs)
         if any(s.weight is not None for s in schemes):
             found |= {"batches"} if rounding else set()
             found |= {"fisher"} if "fisher" in rounding else set()
@@ -77,8 +82,8 @@ class Quantize(Pass):
             raise BadInput("quantize: the plan is empty; put `assign` before it")
         rounding = get_rounding(self.rounding)
         solved = facts.solve(rounding, self._with_rounded_inputs(facts))
-        weights: dict[tuple[fx.Node, QFormat], fx.Node] = {}
-        inputs: dict[tuple[fx.Node, QFormat], fx.Node] = {}
+        weights: Known = {}
+        inputs: Known = {}
         for site in sites(edit.nodes):
             scheme = plan.get(site.id)
             if scheme is None:
@@ -96,35 +101,45 @@ class Quantize(Pass):
                 if self.bias_correction and site.kind.bias is not None:
                     _correct(edit, facts, site, solved[site.id])
                 edit.rewire(site.node, site.kind.weight, weights[key])
-            if scheme.activation and site.kind.x is not None:
-                self._round_input(edit, facts, site, scheme.activation, inputs)
+            if scheme.activation and (edge := site.input) is not None:
+                self._round(edit, facts, edge, scheme.activation, inputs)
+        self._attention(edit, facts, inputs)
         _tell_too_little(edit, solved, rounding.needed())
 
     def _with_rounded_inputs(self, facts: Facts) -> Program:
         """The program as its weights will see it."""
         scratch = Edit(facts.program, self.name)
         scratch.spend("activations as the plan says")
-        inputs: dict[tuple[fx.Node, QFormat], fx.Node] = {}
+        inputs: Known = {}
         for site in sites(scratch.nodes):
             scheme = scratch.plan.get(site.id)
-            if scheme and scheme.activation and site.kind.x is not None:
-                self._round_input(scratch, facts, site, scheme.activation, inputs)
+            if scheme and scheme.activation and (edge := site.input) is not None:
+                self._round(scratch, facts, edge, scheme.activation, inputs)
+        self._attention(scratch, facts, inputs)
         return scratch.seal()[0]
 
-    def _round_input(
-        self,
-        edit: Edit,
-        facts: Facts,
-        site: Site,
-        fmt: QFormat,
-        known: dict[tuple[fx.Node, QFormat], fx.Node],
-    ) -> None:
-        """Have `site` read its input rounded, by one node for all that read it so."""
-        assert site.x is not None and site.kind.x is not None
-        key = (site.x, fmt)
+    def _attention(self, edit: Edit, facts: Facts, known: Known) -> None:
+        """Round keys, values and probabilities as the plan says."""
+        for found in attentions(list(edit.nodes)):
+            scheme = edit.plan.get(found.id, Scheme())
+            if not scheme.attention:
+                continue
+            edit.spend(f"computed as the plan says: {scheme}", found.node)
+            for part in ("key", "value"):
+                if part in scheme.attention:
+                    self._round(edit, facts, found.edge(part), scheme.attention[part], known)
+            if scheme.probabilities is not None:
+                plain = spell_out(edit, found)
+                text = str(scheme.probabilities)
+                rounded = edit.call(qc.fake_quantize.default, plain, text, like=plain)
+                edit.replace(plain, rounded)
+
+    def _round(self, edit: Edit, facts: Facts, edge: Edge, fmt: QFormat, known: Known) -> None:
+        """Have the reader of `edge` read it rounded, by one node for all that read it so."""
+        key = (edge.x, fmt)
         if key not in known:
-            known[key] = self._inputs.write(edit, facts, site, fmt)
-        edit.rewire(site.node, site.kind.x, known[key])
+            known[key] = self._inputs.write(edit, facts, edge, fmt)
+        edit.rewire(edge.reader, edge.index, known[key])
 
 
 def _weight(edit: Edit, site: Site, solved: Solved) -> fx.Node:
@@ -140,11 +155,10 @@ def _weight(edit: Edit, site: Site, solved: Solved) -> fx.Node:
 
 def _correct(edit: Edit, facts: Facts, site: Site, solved: Solved) -> None:
     """Add what the rounding of the weight takes from the mean of each output to the bias."""
-    weight = edit.tensor(site.weight).float().flatten(2)
-    rounded = solved.weight.dequantize().reshape(weight.shape)
+    out, width = site.weight.meta["val"].shape[:2]
+    weight = edit.tensor(site.weight).float().reshape(out, width, -1).sum(-1)
+    rounded = solved.weight.dequantize().reshape(out, width, -1).sum(-1)
     mean = facts.activation(site.id).mean
-    if weight.ndim > 2:
-        weight, rounded = weight.sum(-1), rounded.sum(-1)
     groups = len(mean) // weight.shape[1]
     if groups > 1:  # each group of rows reads channels of its own
         mean = mean.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)

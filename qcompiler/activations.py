@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput, unknown
 from qcompiler.facts import Facts
-from qcompiler.formats import Grid, QFormat
+from qcompiler.formats import NAMED_BLOCKS, Grid, QFormat
 from qcompiler.program import shape_of
 from qcompiler.ranges import RANGES
-from qcompiler.sites import Site
+from qcompiler.sites import Edge
 
 aten = torch.ops.aten
 qc = torch.ops.qc
@@ -49,55 +49,62 @@ class InputRounding:
         found = {"activations"} if static or (self.cross and formats) else set()
         return found | ({"histograms"} if static and self.ranges != MINMAX else set())
 
-    def write(self, edit: Edit, facts: Facts, site: Site, fmt: QFormat) -> fx.Node:
-        """The rounded input of `site`."""
-        assert site.x is not None
+    def write(self, edit: Edit, facts: Facts, edge: Edge, fmt: QFormat) -> fx.Node:
+        """What stands for the rounded activation of `edge`."""
+        x, like = edge.x, edge.reader
         if fmt.dynamic and not (self.cross and fmt.block == (-1,)):
-            return edit.call(qc.fake_quantize.default, site.x, str(fmt), like=site.node)
+            return edit.call(qc.fake_quantize.default, x, str(fmt), like=like)
+        stem = f"{edge.name.rpartition('/')[0] or edge.name}.{_part(edge)}"
         if fmt.dynamic:
-            return self._crossed(edit, facts, site, fmt)
-        grid = self.grid(facts, site, fmt)
-        stem = f"{site.id.rpartition('/')[0] or site.id}.input"
-        scale = edit.new_param(f"{stem}_scale", grid.scale, like=site.node)
-        zero = None
-        if grid.zero is not None:
-            zero = edit.new_param(f"{stem}_zero", grid.zero, like=site.node)
-        return edit.call(qc.fake_quantize.default, site.x, str(fmt), scale, zero, like=site.node)
+            return self._crossed(edit, facts, edge, fmt, stem)
+        grid = self.grid(facts, edge, fmt)
+        scale = edit.new_param(f"{stem}_scale", grid.scale, like=like)
+        zero = grid.zero
+        offset = None if zero is None else edit.new_param(f"{stem}_zero", zero, like=like)
+        return edit.call(qc.fake_quantize.default, x, str(fmt), scale, offset, like=like)
 
-    def grid(self, facts: Facts, site: Site, fmt: QFormat) -> Grid:
+    def grid(self, facts: Facts, edge: Edge, fmt: QFormat) -> Grid:
         """The grid of a static format: one for the tensor, or one for each channel."""
-        assert site.x is not None
-        seen = facts.activation(site.id)
+        seen = facts.activation(edge.name)
         if fmt.block is None:
             low, high = seen.low, seen.high
             if self.ranges != MINMAX:
-                low, high = RANGES[self.ranges](facts.histogram(site.id), fmt)
+                low, high = RANGES[self.ranges](facts.histogram(edge.name), fmt)
             return Grid.cover(torch.tensor(low), torch.tensor(high), fmt)
-        rank = len(shape_of(site.x))
-        shape = [1] * rank
-        shape[site.kind.channel] = -1
-        wanted = tuple(1 if n == -1 else -1 for n in shape)
-        if fmt.blocks((2,) * rank) != wanted:
+        shape = [1] * len(shape_of(edge.x))
+        shape[edge.channel] = -1
+        if fmt.blocks((2,) * len(shape)) != tuple(1 if n == -1 else -1 for n in shape):
             raise BadInput(
                 f"a static activation has one scale per tensor or per channel; found {fmt} at "
-                f"{site.id}; write `tensor`, `channel`, or add `dynamic`"
+                f"{edge.name}; write `tensor`, `channel`, or add `dynamic`"
             )
         return Grid.cover(seen.minimum.reshape(shape), seen.maximum.reshape(shape), fmt)
 
-    def _crossed(self, edit: Edit, facts: Facts, site: Site, fmt: QFormat) -> fx.Node:
-        node, x = site.node, site.x
-        assert x is not None
-        largest = facts.activation(site.id).absmax
+    def _crossed(self, edit: Edit, facts: Facts, edge: Edge, fmt: QFormat, stem: str) -> fx.Node:
+        x, like = edge.x, edge.reader
+        largest = facts.activation(edge.name).absmax
         channels = _positive(largest) ** (1 - self.cross) / fmt.top
-        stem = f"{site.id.rpartition('/')[0] or site.id}.input_channels"
-        param = edit.new_param(stem, channels.to(x.meta["val"].dtype), like=node)
-        size = edit.call(aten.abs.default, x, like=node)
-        token = edit.call(aten.amax.default, size, [-1], True, like=node)
-        token = edit.call(aten.clamp_min.default, token, TINY, like=node)
-        token = edit.call(aten.pow.Tensor_Scalar, token, self.cross, like=node)
-        scale = edit.call(aten.mul.Tensor, token, param, like=node)
+        param = edit.new_param(f"{stem}_channels", channels.to(x.meta["val"].dtype), like=like)
+        size = edit.call(aten.abs.default, x, like=like)
+        token = edit.call(aten.amax.default, size, [-1], True, like=like)
+        token = edit.call(aten.clamp_min.default, token, TINY, like=like)
+        token = edit.call(aten.pow.Tensor_Scalar, token, self.cross, like=like)
+        scale = edit.call(aten.mul.Tensor, token, param, like=like)
         each = replace(fmt, block=(1,), dynamic=False)
-        return edit.call(qc.fake_quantize.default, x, str(each), scale, None, like=node)
+        return edit.call(qc.fake_quantize.default, x, str(each), scale, None, like=like)
+
+
+def channelwise(edge: Edge, fmt: QFormat) -> QFormat:
+    """`fmt`, or for a static `channel` format the block that means one scale for each channel."""
+    if fmt.dynamic or fmt.block != NAMED_BLOCKS["channel"]:
+        return fmt
+    block = [-1] * len(shape_of(edge.x))
+    block[edge.channel] = 1
+    return replace(fmt, block=tuple(block))
+
+
+def _part(edge: Edge) -> str:
+    return edge.name.rpartition(":")[2] if ":" in edge.name else "input"
 
 
 TINY = 1e-12

@@ -77,6 +77,12 @@ def main() -> None:
 @click.option("--backend", default="cpu", show_default=True)
 @click.option("--data", type=Path, help="Calibration data: text, .npy or .safetensors.")
 @click.option("--batches", default=16, show_default=True, help="Batches of it to use.")
+@click.option(
+    "--work",
+    type=Path,
+    help="Folder for what long work has come to: after a kill, the same command goes on from it; "
+    "removed at the end.  [default: OUTPUT.work]",
+)
 @as_json
 def compile_(
     model: str,
@@ -86,6 +92,7 @@ def compile_(
     backend: str,
     data: Path | None,
     batches: int,
+    work: Path | None,
     json_: bool,
 ) -> None:
     """Compile MODEL (folder, .pt2, .onnx, module:factory) and write it to a folder."""
@@ -97,8 +104,13 @@ def compile_(
     if data is not None:
         program, source, _ = open_model(model)
         feed = read_batches(data, program.io, _tokenizer_of(source), batches)
+    work = work or output.with_name(f"{output.name}.work")
+    if work.is_dir() and not json_:
+        err.print(f"going on from what a run before has left in {work}", highlight=False)
     with _progress(json_) as watch:
-        compiled = compile_model(model, passes=pipeline_, backend=backend, data=feed, watch=watch)
+        compiled = compile_model(
+            model, passes=pipeline_, backend=backend, data=feed, watch=watch, work=work
+        )
     compiled.save(output)
     if json_:
         _print_json(
@@ -462,18 +474,26 @@ def _progress(quiet: bool) -> Iterator[Callable[[pipeline.Progress], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=err,
         transient=True,
     ) as bar:
-        task = bar.add_task("capturing", total=None)
+        passes = bar.add_task("capturing", total=None)
+        inside = bar.add_task("", visible=False)
+        now = ""
 
         def watch(p: pipeline.Progress) -> None:
-            unit = "step" if p.doing == "optimizing" else "batch"
-            batch = f", {unit} {p.batch}" + (f"/{p.of}" if p.of else "") if p.batch else ""
-            done = p.index + (p.doing == "done")
+            nonlocal now
             bar.update(
-                task, description=f"{p.name}: {p.doing}{batch}", total=p.total, completed=done
+                passes,
+                description=f"{p.name}: {p.doing}",
+                total=p.total,
+                completed=p.index + (p.doing == "done"),
             )
+            if now != (now := f"  {p.name}, {p.doing}"):  # other work has another pace
+                bar.reset(inside, description=now, visible=p.of > 0)
+            if p.of:
+                bar.update(inside, total=p.of, completed=p.batch, visible=True)
 
         yield watch
 

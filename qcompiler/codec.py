@@ -156,17 +156,12 @@ def _decode_target(text: str) -> object:
 
 
 def _encode_scheme(scheme: Scheme) -> Json:
-    return {
-        "weight": str(scheme.weight) if scheme.weight else None,
-        "activation": str(scheme.activation) if scheme.activation else None,
-    }
+    parts = {"weight": scheme.weight, "activation": scheme.activation, **scheme.attention}
+    return {name: str(fmt) if fmt else None for name, fmt in parts.items()}
 
 
 def _decode_scheme(raw: Json) -> Scheme:
-    def parse(text: str | None) -> QFormat | None:
-        return QFormat.parse(text) if text else None
-
-    return Scheme(parse(raw["weight"]), parse(raw["activation"]))
+    return Scheme(**{name: QFormat.parse(text) if text else None for name, text in raw.items()})
 
 
 def _encode_io(io: Signature) -> Json:

@@ -16,6 +16,7 @@ from qcompiler.errors import BackendError, BadInput, PassError
 from qcompiler.export import export_onnx
 from qcompiler.history import Step
 from qcompiler.io import as_call
+from qcompiler.keep import Keep
 from qcompiler.passbase import Pass
 from qcompiler.pipeline import Watcher, run_pipeline
 from qcompiler.program import Program
@@ -93,12 +94,15 @@ def compile(
     data: Batches | None = None,
     dynamic: Dynamic = None,
     watch: Watcher | None = None,
+    work: str | Path | None = None,
 ) -> Compiled:
     """Capture `model`, run a pipeline over it, lower it for `backend`, and check the result.
 
     Give a `recipe` (name or TOML file) or `passes` (text or a sequence); neither is
     `w8a8-dynamic-smooth`. `data` are batches for passes that calibrate; without them random inputs
-    serve and the step says so. `watch` is told about progress.
+    serve and the step says so. `watch` is told about progress. `work` is a folder for what long
+    work has come to: a call that was killed, made again, goes on from there; it is removed at the
+    end.
     """
     if recipe is not None and passes is not None:
         raise BadInput("give a recipe or passes, not both")
@@ -114,9 +118,13 @@ def compile(
     feed = None
     if batches is not None:
         ready = [_flatten(program, b, f"data batch {i}") for i, b in enumerate(batches)]
-        feed = lambda: iter(ready)  # noqa: E731 (a name for a two-word function)
-    quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch)
-    return finish(quantized, target, program, source, flat, watch)
+        feed = lambda: ready  # noqa: E731 (a name for a one-word function)
+    keep = None if work is None else Keep(Path(work))
+    quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch, keep=keep)
+    compiled = finish(quantized, target, program, source, flat, watch)
+    if keep is not None:
+        keep.clear()
+    return compiled
 
 
 def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from qcompiler.attention import attentions
 from qcompiler.errors import BadInput
 from qcompiler.fisher import fisher
+from qcompiler.formats import Scheme
 from qcompiler.keep import Keep
 from qcompiler.observers import Histogram, Range, Sample, Statistic
 from qcompiler.program import Program, node_id
 from qcompiler.rounding.base import Rounding
 from qcompiler.run import evaluate, param_value
 from qcompiler.samples import Flat
-from qcompiler.sites import sites
+from qcompiler.sites import Edge, sites
 from qcompiler.state import Solved
 from qcompiler.walk import Walk
 
@@ -120,17 +122,17 @@ def measure(
     kinds = {need: kind for need, kind in STATISTICS.items() if need in needs}
     name = "+".join(kinds)
     found, done = _read(keep, name, kinds)
-    readers: dict[fx.Node, list[tuple[str, int]]] = {}
-    for site in sites(program.graph.nodes):
-        if site.x is not None:
-            readers.setdefault(site.x, []).append((site.id, site.kind.channel))
+    readers: dict[fx.Node, list[Edge]] = {}
+    for edge in _edges(program):
+        readers.setdefault(edge.x, []).append(edge)
     batches: list[Flat] = []
 
     def watch(node: fx.Node, value: object) -> None:
         if node not in readers or not isinstance(value, Tensor):
             return
-        for id, axis in readers[node]:
-            rows = value.detach().float().movedim(axis, -1).flatten(0, -2)
+        for edge in readers[node]:
+            id = edge.name
+            rows = value.detach().float().movedim(edge.channel, -1).flatten(0, -2)
             if not rows.numel():
                 continue
             if not bool(rows.isfinite().all()):
@@ -156,6 +158,15 @@ def measure(
         _write(keep, name, found, count)
     felt = fisher(program, batches, progress) if "fisher" in needs else {}
     return Facts(program, **found, batches=tuple(batches), fisher=felt)  # type: ignore[arg-type]
+
+
+def _edges(program: Program) -> list[Edge]:
+    """What is measured: inputs of all sites, and of attention what the plan rounds."""
+    found = [e for s in sites(program.graph.nodes) if (e := s.input) is not None]
+    for attention in attentions(program.graph.nodes):
+        parts = program.plan.get(attention.id, Scheme()).attention
+        found += [attention.edge(part) for part in parts if part != "probabilities"]
+    return found
 
 
 def _write(keep: Keep, name: str, found: Mapping[str, Mapping[str, Statistic]], count: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -99,7 +99,9 @@ class _Feed:
         if not needs:
             return Facts(program, tick=tick)
         keep = self._keep and self._keep.under(fingerprint(program), self._digest, step)
-        found = measure(program, self._data(), needs, lambda n: tell("calibrating", n), keep)
+        batches = self._data()
+        of = len(batches) if isinstance(batches, Sized) else 0
+        found = measure(program, batches, needs, lambda n: tell("calibrating", n, of), keep)
         return replace(found, synthetic=self._synthetic, tick=tick, keep=keep)
 
 

@@ -62,7 +62,7 @@ def entropy(seen: Histogram, fmt: QFormat) -> tuple[float, float]:
     def loss(low: float, high: float) -> float:
         inside = (middles >= low) & (middles <= high)
         p = bins[inside].clone()
-        if not len(p):
+        if len(p) < 2**fmt.bits:  # with a code for every bin, rounding could not be told
             return float("inf")
         p[0] += bins[middles < low].sum()
         p[-1] += bins[middles > high].sum()

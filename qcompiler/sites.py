@@ -39,6 +39,25 @@ KINDS: dict[object, SiteKind] = {
 
 
 @dataclass(frozen=True)
+class Edge:
+    """An activation where a node reads it: what is measured, and may be rounded there."""
+
+    name: str
+    """What its statistics are kept under; a site's own id."""
+    reader: fx.Node
+    index: int
+    """Which argument of the reader."""
+    channel: int
+    """Axis of the channels."""
+
+    @property
+    def x(self) -> fx.Node:
+        value = self.reader.args[self.index]
+        assert isinstance(value, fx.Node)
+        return value
+
+
+@dataclass(frozen=True)
 class Site:
     """One node with a weight."""
 
@@ -52,6 +71,13 @@ class Site:
     @property
     def x(self) -> fx.Node | None:
         return None if self.kind.x is None else self._argument(self.kind.x)
+
+    @property
+    def input(self) -> Edge | None:
+        """The edge of the activation, if there is one."""
+        if self.kind.x is None or self.x is None:
+            return None
+        return Edge(self.id, self.node, self.kind.x, self.kind.channel)
 
     @property
     def weight(self) -> fx.Node:

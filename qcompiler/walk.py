@@ -43,7 +43,7 @@ class Walk:
     batches: Sequence[Flat]
     rounding: Rounding
     added: frozenset[str] = frozenset()
-    """Ids of the `qc::fake_quantize` nodes that the float program does not have."""
+    """Ids of the nodes that the float program does not have; it rounds nothing there."""
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     """Site id → E (∂L/∂W)² of its weight, by rows."""
     keep: Keep | None = None
@@ -71,7 +71,9 @@ class Walk:
 
     def exactly(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """A node as the float program computes it."""
-        return args[0] if node_id(node) in self.added else compute(node, args, kwargs)
+        if node.target is torch.ops.qc.fake_quantize.default and node_id(node) in self.added:
+            return args[0]
+        return compute(node, args, kwargs)
 
     @property
     def exact(self) -> bool:

@@ -15,7 +15,7 @@ LAYERS = (
     "options observers keep ops ranges",
     "io history program match",
     "diff edit run samples sites rounding",
-    "stored objective blocks vectors",
+    "stored objective attention blocks vectors",
     "fisher state",
     "walk",
     "facts check",

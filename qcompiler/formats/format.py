@@ -286,10 +286,24 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a site (one linear, convolution or embedding) stores and computes in."""
+    """What a site stores and computes in: a linear, convolution or embedding, or attention."""
 
     weight: QFormat | None = None
     activation: QFormat | None = None
+    key: QFormat | None = None
+    """Of attention: its keys, before their rotary embedding."""
+    value: QFormat | None = None
+    """Of attention: its values."""
+    probabilities: QFormat | None = None
+    """Of attention: what its softmax yields."""
+
+    @property
+    def attention(self) -> dict[str, QFormat]:
+        """The parts of attention that are rounded."""
+        parts = {"key": self.key, "value": self.value, "probabilities": self.probabilities}
+        return {k: v for k, v in parts.items() if v is not None}
 
     def __str__(self) -> str:
+        if self.attention:
+            return " ".join(f"{k}={v}" for k, v in self.attention.items())
         return f"weight={self.weight or 'float'} activation={self.activation or 'float'}"

@@ -1,0 +1,64 @@
+"""What a learned rounding makes small.
+
+================  ================================================================================
+`layer`           tr(E H Eᵀ), E = W - W': the error of each layer's output, from its Gram matrix
+`block`           Σ ‖y' - y‖² / ‖y‖² over the outputs y of the block (BRECQ, Li et al. 2021)
+`prediction`      KL(softmax of the predictions), for scores of classes (PD-Quant, Liu et al. 2023)
+`prediction_mse`  Σ ‖p' - p‖² / ‖p‖² over the predictions
+`kl_top`          KL over the likeliest thousand words only (OSTQuant, Hu et al. 2025)
+================  ================================================================================
+
+Predictions are what the rest of the float program makes of the block's outputs. `layer` is the one
+that sees no block; a rounding computes it itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qcompiler.errors import BadInput
+from qcompiler.objective import Objective, kl_top, mse
+from qcompiler.rounding.base import Block
+
+Name = Literal["layer", "block", "prediction", "prediction_mse", "kl_top"]
+Outputs = tuple[Tensor, ...]
+BlockObjective = Callable[[Block, int, Outputs, Outputs], Tensor]
+"""(block, batch, its outputs, the wanted ones) → a scalar that can be differentiated."""
+
+
+def block_error(block: Block, batch: int, outputs: Outputs, wanted: Outputs) -> Tensor:
+    """Σ ‖y' - y‖² / ‖y‖²."""
+    return mse(wanted, outputs)
+
+
+def kl(wanted: tuple[object, ...], found: tuple[object, ...]) -> Tensor:
+    """KL(teacher ‖ student) over the last axis of the first output, mean over the others."""
+    teacher, student = wanted[0], found[0]
+    assert isinstance(teacher, Tensor) and isinstance(student, Tensor)
+    if not teacher.ndim:
+        raise BadInput("prediction needs scores (…, classes) as the first output; write block")
+    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def by_prediction(compare: Objective) -> BlockObjective:
+    """`compare` of the network's predictions."""
+
+    def objective(block: Block, batch: int, outputs: Outputs, wanted: Outputs) -> Tensor:
+        with torch.no_grad():
+            teacher = tuple(p.detach() for p in block.predictions(batch, wanted))
+        return compare(teacher, block.predictions(batch, outputs))
+
+    return objective
+
+
+OBJECTIVES: Mapping[str, BlockObjective] = {
+    "block": block_error,
+    "prediction": by_prediction(kl),
+    "prediction_mse": by_prediction(mse),
+    "kl_top": by_prediction(kl_top),
+}
