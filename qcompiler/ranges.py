@@ -43,7 +43,7 @@ def mse(seen: Histogram, fmt: QFormat) -> tuple[float, float]:
         rounded = _grid(low, high, fmt).round(values)
         return float(((rounded - values).pow(2) * counts).sum())
 
-    return _least(values, loss)
+    return _least(values, fmt, loss)
 
 
 def entropy(seen: Histogram, fmt: QFormat) -> tuple[float, float]:
@@ -76,7 +76,7 @@ def entropy(seen: Histogram, fmt: QFormat) -> tuple[float, float]:
         met = p > 0
         return float((p[met] * (p[met] / q[met].clamp_min(1e-12)).log()).sum())
 
-    return _least(values, loss)
+    return _least(values, fmt, loss)
 
 
 RANGES: Mapping[str, Callable[[Histogram, QFormat], tuple[float, float]]] = {
@@ -86,10 +86,17 @@ RANGES: Mapping[str, Callable[[Histogram, QFormat], tuple[float, float]]] = {
 }
 
 
-def _least(values: Tensor, loss: Callable[[float, float], float]) -> tuple[float, float]:
+def _least(
+    values: Tensor, fmt: QFormat, loss: Callable[[float, float], float]
+) -> tuple[float, float]:
+    """The range with the least loss; with a zero point, one end is drawn in after the other."""
+    shares = [k / STEPS for k in range(STEPS, 0, -1)]
     low, high = float(values.min()), float(values.max())
-    tried = [(k / STEPS * low, k / STEPS * high) for k in range(STEPS, 0, -1)]
-    return min(tried, key=lambda r: loss(*r))
+    if fmt.symmetric:
+        top = max(-low, high)
+        return min(((-k * top, k * top) for k in shares), key=lambda r: loss(*r))
+    high = min((k * high for k in shares), key=lambda end: loss(low, end))
+    return min((k * low for k in shares), key=lambda end: loss(end, high)), high
 
 
 def _grid(low: float, high: float, fmt: QFormat) -> Grid:
