@@ -20,13 +20,14 @@ import qcompiler
 from qcompiler import pipeline
 from qcompiler.capture import Source, open_model
 from qcompiler.cli_export import export
-from qcompiler.compiled import Compiled, load
+from qcompiler.compiled import Batches, Compiled, load
 from qcompiler.compiled import compile as compile_model
 from qcompiler.data import read_batches
 from qcompiler.diff import Diff, diff
 from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.evaluate import compare, perplexity, race
 from qcompiler.formats import NAMED_BLOCKS
+from qcompiler.indices import check_indices
 from qcompiler.program import Program
 from qcompiler.recipe import DEFAULT, load_recipe, recipe_names
 from qcompiler.registry import get_backend, get_pass, make_passes, table
@@ -75,7 +76,9 @@ def main() -> None:
 @click.option("--recipe", help=f"Recipe name or TOML file.  [default: {DEFAULT}]")
 @click.option("--passes", help="A pipeline as text, instead of a recipe.")
 @click.option("--backend", default="cpu", show_default=True)
-@click.option("--data", type=Path, help="Calibration data: text, .npy or .safetensors.")
+@click.option(
+    "--data", type=Path, help="Calibration data: text, .npy, .safetensors, or `synthetic`."
+)
 @click.option("--batches", default=16, show_default=True, help="Batches of it to use.")
 @click.option(
     "--work",
@@ -100,8 +103,10 @@ def compile_(
         raise BadInput("give --recipe or --passes, not both")
     pipeline_ = make_passes(passes) if passes else load_recipe(recipe or DEFAULT).passes()
     get_backend(backend)  # a misspelt name fails before minutes of work
-    feed = None
-    if data is not None:
+    feed: Batches | None = None
+    if data is not None and str(data) == "synthetic":
+        feed = "synthetic"
+    elif data is not None:
         program, source, _ = open_model(model)
         feed = read_batches(data, program.io, _tokenizer_of(source), batches)
     work = work or output.with_name(f"{output.name}.work")
@@ -268,6 +273,8 @@ def eval_(artifact: Path, data: Path, metric: str, batches: int | None, json_: b
     tokenizer = saved.tokenizer or _tokenizer_of(saved.about.source)
     raw = read_batches(data, saved.program.io, tokenizer, batches)
     feed = [saved.program.io.flatten((), b) for b in raw]
+    for number, batch in enumerate(feed):
+        check_indices(saved.program, batch, f"{data}, batch {number}")
     with _bar("evaluating", 2 * len(feed), json_) as tick:
         if metric == "perplexity":
             result = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,19 +16,23 @@ from qcompiler.check import relative_error
 from qcompiler.errors import BackendError, BadInput, PassError
 from qcompiler.export import export_onnx
 from qcompiler.history import Step
+from qcompiler.indices import check_indices
 from qcompiler.io import as_call
 from qcompiler.keep import Keep
 from qcompiler.passbase import Pass
-from qcompiler.pipeline import Watcher, run_pipeline
+from qcompiler.pipeline import Progress, Watcher, run_pipeline
 from qcompiler.program import Program
 from qcompiler.recipe import DEFAULT, Recipe, load_recipe
 from qcompiler.registry import get_backend, make_passes
 from qcompiler.samples import Flat, check_inputs
 from qcompiler.show.account import Account
 from qcompiler.store import About, read, save
+from qcompiler.synthetic import Tick, synthesize
 
-Batches = Iterable[object]
-"""Calibration batches: each a tensor, a tuple of inputs, or a mapping of inputs."""
+Batches = Iterable[object] | Literal["synthetic"]
+"""Calibration batches: each a tensor, a tuple of inputs, or a mapping of inputs. `synthetic` are
+made from the model itself (see `synthetic.py`)."""
+MADE = "calibrated on data that were made from the model itself"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,19 +117,22 @@ def compile(
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT)
         pipeline = chosen.passes()
     target = get_backend(backend) if isinstance(backend, str) else backend
-    batches = None if data is None else _keep(data)
+    batches = None if data is None or data == "synthetic" else _keep(data)
     program, source, example = open_model(model, example_inputs, dynamic=dynamic)
     flat = _flatten(program, example, "example_inputs") if example is not None else None
     feed = None
-    if batches is not None:
+    if data == "synthetic":
+        ready = synthesize(program, tick=_made(watch, len(pipeline)))
+    elif batches is not None:
         ready = [_flatten(program, b, f"data batch {i}") for i, b in enumerate(batches)]
+    if data is not None:
         feed = lambda: ready  # noqa: E731 (a name for a one-word function)
     keep = None if work is None else Keep(Path(work))
     quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch, keep=keep)
     compiled = finish(quantized, target, program, source, flat, watch)
     if keep is not None:
         keep.clear()
-    return compiled
+    return replace(compiled, notes=(*compiled.notes, MADE)) if data == "synthetic" else compiled
 
 
 def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:
@@ -208,10 +216,22 @@ def check_artifact(
         )
 
 
-def _keep(data: Batches) -> list[object]:
+def _made(watch: Watcher | None, passes: int) -> Tick:
+    """Tell `watch` how far the making of data is."""
+
+    def tick(done: int, total: int) -> None:
+        if watch is not None:
+            watch(Progress(0, passes, "data", "synthesizing", done, total))
+
+    return tick
+
+
+def _keep(data: Iterable[object]) -> list[object]:
     """Batches as a list, so that several passes can go over a generator."""
     if isinstance(data, Tensor | Mapping):
         raise BadInput("data is a sequence of batches; found one batch. Write data=[batch]")
+    if isinstance(data, str):
+        raise BadInput(f"data is a sequence of batches, or 'synthetic'; found {data!r}")
     batches = list(data)
     if not batches:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
@@ -221,6 +241,8 @@ def _keep(data: Batches) -> list[object]:
 def _flatten(program: Program, inputs: object, what: str) -> Flat:
     args, kwargs = as_call(inputs)
     try:
-        return program.io.flatten(args, kwargs)
+        flat = program.io.flatten(args, kwargs)
     except BadInput as error:
         raise BadInput(f"{what}: {error}") from error
+    check_indices(program, flat, what)
+    return flat

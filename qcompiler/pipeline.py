@@ -35,7 +35,7 @@ class Progress:
     total: int
     name: str
     doing: str
-    """`rewriting`, `calibrating`, `optimizing`, `checking`, `bisecting` or `done`."""
+    """`synthesizing`, `rewriting`, `calibrating`, `optimizing`, `checking`, `bisecting`, `done`."""
     batch: int = 0
     """Batches seen so far, or steps done while `optimizing`."""
     of: int = 0
