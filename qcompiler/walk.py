@@ -156,9 +156,15 @@ class _Step:
         found: dict[str, dict[str, Statistic]] = {}
         if not kinds or not wanted:
             return found
+        # Linears that read one value (q, k and v) have one Gram matrix.
+        first: dict[tuple[fx.Node | None, str], Site] = {}
+        shared = {
+            s.id: first.setdefault((s.x, s.kind.name if s.kind.name == "linear" else s.id), s).id
+            for s in wanted.values()
+        }
 
         def look(site: Site, x: Tensor) -> None:
-            if site.node not in wanted or not x.numel():
+            if shared.get(site.id) != site.id or not x.numel():
                 return
             rows = vectors(site, x)
             mine = found.setdefault(site.id, {})
@@ -169,7 +175,7 @@ class _Step:
         last = next(n for n in reversed(self._block.nodes) if n in wanted)
         for values in self._state.rounded:
             self._run(values, look=look, until=last)
-        return found
+        return {id: found[same] for id, same in shared.items() if same in found}
 
     def _run(
         self,
