@@ -41,7 +41,18 @@ BUILT_IN = {
         "split_sparse": "qcompiler.passes.split_sparse:SplitSparse",
     },
     "qcompiler.roundings": {
+        "adaround": "qcompiler.rounding.adaround:AdaRound",
+        "clip": "qcompiler.rounding.clip:Clip",
+        "decoupleq": "qcompiler.rounding.decoupleq:DecoupleQ",
+        "flexround": "qcompiler.rounding.flexround:FlexRound",
+        "gptq": "qcompiler.rounding.gptq:Gptq",
+        "hqq": "qcompiler.rounding.hqq:Hqq",
+        "kmeans": "qcompiler.rounding.kmeans:KMeans",
         "nearest": "qcompiler.rounding.nearest:Nearest",
+        "quantease": "qcompiler.rounding.descent:QuantEase",
+        "search": "qcompiler.rounding.search:Search",
+        "signround": "qcompiler.rounding.signround:SignRound",
+        "spqr": "qcompiler.rounding.spqr:SpQR",
     },
     "qcompiler.backends": {
         "cpu": "qcompiler.backends.cpu:CpuBackend",

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qcompiler.formats import QTensor
-from qcompiler.rounding.base import Block, Layer, Need, Rounding, gram_of, output_error
+from qcompiler.errors import BadInput
+from qcompiler.formats import Grid, QTensor
+from qcompiler.rounding.base import Block, Layer, Need, Rounding, gram_of
 from qcompiler.rounding.nearest import nearest
-from qcompiler.rounding.objectives import OBJECTIVES, BlockObjective, Name
+from qcompiler.rounding.objectives import OBJECTIVES, Name, OfBlock, OfLayer, Task
+from qcompiler.rounding.search import By, fit
 
 LOOKS = 20
 """Times at which the weights are rounded and judged."""
 ENOUGH = 8
 """Batches from which on an eighth of them is held out."""
-
-Weights = Mapping[str, Tensor]
+MEAN, SQUARE, TINY = 0.9, 0.999, 1e-8
+"""Of Adam: how much of the old a mean keeps, and the least root of a mean square."""
 
 
 class Student(ABC):
@@ -35,6 +37,8 @@ class Student(ABC):
 
     leaves: tuple[Tensor, ...]
     """What is trained."""
+    bounds: tuple[tuple[float, float], ...] = ()
+    """Between which numbers each of these stays; without any they are free."""
 
     @abstractmethod
     def weight(self) -> Tensor:
@@ -48,9 +52,6 @@ class Student(ABC):
         """What to add to the loss, summed over weights, with this share of the way done."""
         return None
 
-    def settle(self) -> None:
-        """Bring the leaves back to where they may be."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(Rounding):
@@ -60,27 +61,44 @@ class Learned(Rounding):
     """Train by the signs of gradients, rather than by Adam."""
 
     steps: int = 200
-    rate: float = 0.01
-    """Step size at first; it falls to zero linearly."""
+    rate: float = 0.0
+    """Step size at first, which falls to zero linearly; 0 is the method's own."""
     batch: int = 1
     """Batches of calibration data that a step looks at."""
     seed: int = 0
     objective: Name = "block"
+    search: By = "none"
+    """How the first ranges are found, as in the rounding `search`."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise BadInput(
+                f"{self.name}: steps and batch are 1 or more, found {self.steps} and {self.batch}"
+            )
+        if not self.rate >= 0:
+            raise BadInput(f"{self.name}: rate is 0 or more, found {self.rate}")
 
     def needed(self) -> tuple[Need, ...]:
-        return ("gram",) if self.objective == "layer" else ("block",)
+        if self.objective == "layer":
+            return ("gram",)
+        return ("gram", "block") if self.search == "output" else ("block",)
+
+    @property
+    @abstractmethod
+    def own_rate(self) -> float:
+        """The step size that the method starts with by itself."""
 
     @abstractmethod
-    def student(self, layer: Layer) -> Student:
-        """Where training of a layer starts."""
+    def student(self, weight: Tensor, grid: Grid) -> Student:
+        """What is trained so that `weight` rounds well, which begins on `grid`."""
 
     def layer(self, layer: Layer) -> QTensor:
         gram_of(layer)
-        return self._train({layer.id: layer}, _OfLayer(layer), _nobody)[layer.id]
+        return self._train({layer.id: layer}, OfLayer(layer), _nobody)[layer.id]
 
     def block(self, block: Block) -> dict[str, QTensor]:
         if self.objective != "layer":
-            task = _OfBlock(block, OBJECTIVES[self.objective])
+            task = OfBlock(block, OBJECTIVES[self.objective])
             return self._train(block.layers, task, block.tick)
         found = {}
         for number, (id, layer) in enumerate(block.layers.items()):
@@ -88,17 +106,23 @@ class Learned(Rounding):
             block.tick(number + 1, len(block.layers))
         return found
 
+    def _student(self, layer: Layer) -> Student:
+        # Evenly spaced, which is how a table starts without a search, is no way to leave one.
+        search = "mse" if layer.format.is_codebook and self.search == "none" else self.search
+        importance = None if layer.inputs.gram is None else layer.inputs.gram.matrix.diagonal()
+        return self.student(layer.weight, fit(layer.weight, layer.format, search, importance))
+
     def _train(
-        self, layers: Mapping[str, Layer], task: _Task, tick: Callable[[int, int], None]
+        self, layers: Mapping[str, Layer], task: Task, tick: Callable[[int, int], None]
     ) -> dict[str, QTensor]:
         held, feed = _split(task.batches)
         best = _Best({k: nearest(v.weight, v.format) for k, v in layers.items()}, task, held)
         if best.loss == 0 or not math.isfinite(best.loss):
             return best.codes
-        students = {id: self.student(layer) for id, layer in layers.items()}
+        students = {id: self._student(layer) for id, layer in layers.items()}
         best.look(students)
-        leaves = [leaf for s in students.values() for leaf in s.leaves]
-        adam = None if self.signs else torch.optim.Adam(leaves, lr=self.rate)
+        mover = _Signs() if self.signs else _Adam()
+        first = self.rate or self.own_rate
         unit = 1 / best.first / self.batch
         order = _shuffled(feed, self.seed)
         every = max(self.steps // LOOKS, 1)
@@ -106,74 +130,17 @@ class Learned(Rounding):
             batches = [next(order) for _ in range(self.batch)]
             if not _differentiate(students, task, batches, unit, step / self.steps):
                 break  # what was best so far is kept
-            rate = self.rate * (1 - step / self.steps)
-            _move(leaves, adam, rate)
-            for student in students.values():
-                student.settle()
+            _move(students.values(), mover, first * (1 - step / self.steps))
             if (step + 1) % every == 0 or step + 1 == self.steps:
                 best.look(students)
             tick(step + 1, self.steps)
         return best.codes
 
 
-class _Task(Protocol):
-    """What weights are trained for."""
-
-    @property
-    def batches(self) -> int: ...
-
-    def loss(self, batch: int, weights: Weights) -> float: ...
-
-    def gradient(self, batch: int, weights: Weights) -> tuple[float, dict[str, Tensor]]:
-        """Loss and its gradient by each weight that it depends on."""
-
-
-class _OfLayer:
-    """tr(E H Eᵀ) / out, of which the gradient by W' is -2 E H / out."""
-
-    batches = 1
-
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
-
-    def loss(self, batch: int, weights: Weights) -> float:
-        return float(output_error(self._layer, weights[self._layer.id]))
-
-    def gradient(self, batch: int, weights: Weights) -> tuple[float, dict[str, Tensor]]:
-        id, weight = self._layer.id, self._layer.weight
-        error = weight - weights[id]
-        weighted = error @ gram_of(self._layer) / len(weight)
-        return float((weighted * error).sum()), {id: -2 * weighted}
-
-
-class _OfBlock:
-    """An objective of a block's outputs."""
-
-    def __init__(self, block: Block, objective: BlockObjective) -> None:
-        self._block, self._objective = block, objective
-        self.batches = block.batches
-
-    def loss(self, batch: int, weights: Weights) -> float:
-        with torch.no_grad():
-            return float(self._of(batch, weights))
-
-    def gradient(self, batch: int, weights: Weights) -> tuple[float, dict[str, Tensor]]:
-        leaves = {id: w.detach().requires_grad_() for id, w in weights.items()}
-        with torch.enable_grad():
-            loss = self._of(batch, leaves)
-        # A layer that no data reached (an expert's) has no gradient.
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        return float(loss), {k: g for k, g in zip(leaves, grads, strict=True) if g is not None}
-
-    def _of(self, batch: int, weights: Weights) -> Tensor:
-        found = self._block.found(batch, weights)
-        return self._objective(self._block, batch, found, self._block.wanted(batch))
-
-
 class _Best:
     """The codes with the smallest loss so far."""
 
-    def __init__(self, start: dict[str, QTensor], task: _Task, held: Sequence[int]) -> None:
+    def __init__(self, start: dict[str, QTensor], task: Task, held: Sequence[int]) -> None:
         self._task, self._held = task, held
         self.codes = start
         self.first = self.loss = self._judge(start)
@@ -193,7 +160,7 @@ class _Best:
 
 def _differentiate(
     students: Mapping[str, Student],
-    task: _Task,
+    task: Task,
     batches: Sequence[int],
     unit: float,
     done: float,
@@ -221,16 +188,39 @@ def _differentiate(
     return True
 
 
-def _move(leaves: Sequence[Tensor], adam: torch.optim.Adam | None, rate: float) -> None:
-    """One step: of Adam (Kingma and Ba 2015), or of `rate` against each gradient's sign."""
-    if adam is None:
-        with torch.no_grad():
-            for leaf in leaves:
+def _move(students: Iterable[Student], mover: _Signs, rate: float) -> None:
+    """One step of all leaves, back into their bounds."""
+    with torch.no_grad():
+        for student in students:
+            for leaf in student.leaves:
                 if leaf.grad is not None:
-                    leaf -= rate * leaf.grad.sign()
-        return
-    adam.param_groups[0]["lr"] = rate
-    adam.step()
+                    leaf -= rate * mover.direction(leaf, leaf.grad)
+            for leaf, (low, high) in zip(student.leaves, student.bounds, strict=False):
+                leaf.clamp_(low, high)
+
+
+class _Signs:
+    """Each number by the sign of its gradient."""
+
+    def direction(self, leaf: Tensor, grad: Tensor) -> Tensor:
+        return grad.sign()
+
+
+class _Adam(_Signs):
+    """Adam (Kingma and Ba 2015, algorithm 1)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, Tensor, Tensor]] = {}
+        """A leaf's steps, and mean and mean square of its gradients."""
+
+    def direction(self, leaf: Tensor, grad: Tensor) -> Tensor:
+        steps, mean, square = self._seen.get(id(leaf), (0, torch.zeros(()), torch.zeros(())))
+        steps += 1
+        mean = torch.lerp(grad, mean.expand_as(grad), MEAN)
+        square = torch.lerp(grad * grad, square.expand_as(grad), SQUARE)
+        self._seen[id(leaf)] = steps, mean, square
+        root = (square / (1 - SQUARE**steps)).sqrt_().add_(TINY)
+        return mean / (1 - MEAN**steps) / root
 
 
 def _split(batches: int) -> tuple[list[int], list[int]]:

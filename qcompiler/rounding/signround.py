@@ -1,4 +1,4 @@
-"""SignRound: an offset of each weight before it is rounded, and each block's range, by sign descent.
+"""SignRound: offsets of weights before they are rounded, and ranges, by the signs of gradients.
 
     W' = s · (clamp(round(W/s + z + V), qmin, qmax) - z)        V ∈ [-½, ½]
     s = (β max W - α min W) / (qmax - qmin)                     α, β ∈ (0, 1]
@@ -17,8 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcompiler.formats import Grid, QFormat, QTensor, block_range, spread
-from qcompiler.rounding.base import Layer
+from qcompiler.formats import Grid, QTensor, spread
 from qcompiler.rounding.ladder import Ladder
 from qcompiler.rounding.learned import Learned, Student
 
@@ -33,29 +32,31 @@ class SignRound(Learned):
     name: ClassVar[str] = "signround"
     signs: ClassVar[bool] = True
 
-    rate: float = 0.0
-    """Step size at first; 0 is 1/steps."""
+    @property
+    def own_rate(self) -> float:
+        """As far as from one end of V to its middle, in all."""
+        return 1 / self.steps
 
-    def student(self, layer: Layer) -> Student:
-        return _Student(layer.weight, layer.format)
+    def student(self, weight: Tensor, grid: Grid) -> Student:
+        return _Student(weight, grid)
 
 
 class _Student(Student):
-    def __init__(self, weight: Tensor, fmt: QFormat) -> None:
-        self._weight, self._format = weight, fmt
-        self._low, self._high = block_range(weight, fmt)
+    bounds = ((-0.5, 0.5), (LEAST, 1.0), (LEAST, 1.0))
+
+    def __init__(self, weight: Tensor, grid: Grid) -> None:
+        self._weight, self._first, self._format = weight, grid, grid.format
+        self._low, self._high = covered(grid)
         self._offset = torch.zeros_like(weight).requires_grad_()
         self._shares = tuple(torch.ones_like(self._low).requires_grad_() for _ in range(2))
         self.leaves = (self._offset, *self._shares)
 
     def weight(self) -> Tensor:
-        grid = self._grid()
-        ladder = Ladder(grid, tuple(self._weight.shape))
-        if grid.table is not None or self._format.unscaled:
-            one = torch.ones(())
-            return ladder.through(self._weight, self._offset, one)
+        grid, shape = self._grid(), tuple(self._weight.shape)
+        ladder = Ladder(grid, shape)
+        if grid is self._first:
+            return ladder.through(self._weight, self._offset, torch.ones(()))
         scale, zero = self._soft(grid)
-        shape = tuple(self._weight.shape)
         wide = spread(scale, shape, self._format)
         shift = None if zero is None else spread(zero, shape, self._format)
         return ladder.through(self._weight, self._offset, wide, shift)
@@ -65,18 +66,12 @@ class _Student(Student):
         place = ladder.position(self._weight) + self._offset
         return ladder.hold(place.round().clamp(0, ladder.last))
 
-    def settle(self) -> None:
-        with torch.no_grad():
-            self._offset.clamp_(-0.5, 0.5)
-            for share in self._shares:
-                share.clamp_(LEAST, 1)
-
     def _range(self) -> tuple[Tensor, Tensor]:
-        if self._format.is_codebook:
-            return self._low, self._high
         return self._low * self._shares[0], self._high * self._shares[1]
 
     def _grid(self) -> Grid:
+        if self._first.table is not None or self._format.unscaled:
+            return self._first
         with torch.no_grad():
             return Grid.cover(*self._range(), self._format)
 
@@ -92,3 +87,11 @@ class _Student(Student):
         scale = grid.scale + (scale - scale.detach())
         zero = fmt.qmin - low / scale
         return scale, grid.zero + (zero - zero.detach())
+
+
+def covered(grid: Grid) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number of each block that its scale was made for."""
+    fmt = grid.format
+    if grid.zero is None:
+        return -grid.scale * fmt.top, grid.scale * fmt.top
+    return grid.scale * (fmt.qmin - grid.zero), grid.scale * (fmt.qmax - grid.zero)
