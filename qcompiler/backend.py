@@ -37,14 +37,18 @@ class Capability:
     tolerance: float
     """Largest relative error of its output against the reference, on the same input."""
     note: str = ""
+    decoded: bool = False
+    """It takes codes and scales as `stored.read` decodes them, in whatever form they are stored:
+    patterns are over formats with scales in float32, not those in `scale(fp16)`."""
 
     def fits(self, site: Site, scheme: Scheme) -> bool:
         """Whether this kernel is made for the site's operator and formats."""
-        return (
-            self.op == site.kind.name
-            and _matches(scheme.weight, self.weight)
-            and _matches(scheme.activation, self.activation)
-        )
+        return self.op == site.kind.name and self.fits_formats(scheme)
+
+    def fits_formats(self, scheme: Scheme) -> bool:
+        """Whether it is made for these formats."""
+        weight = scheme.weight.decoded if scheme.weight and self.decoded else scheme.weight
+        return _matches(weight, self.weight) and _matches(scheme.activation, self.activation)
 
 
 def _matches(fmt: QFormat | None, pattern: str) -> bool:

@@ -2,8 +2,8 @@
 
     W = dequantize(data, scale, zero)        scale = dequantize(codes, …)  if it is quantized itself
 
-Scales that are stored in less than float32 (MX, NVFP4, double quantization) are an expression like
-any other weight: no operator and no pass need know of them.
+Scales that are stored in less than float32 (MX, NVFP4, double quantization), and zero points, are
+expressions like any other weight: no operator and no pass need know of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ def write(
     if grid.table is not None:
         table = edit.new_param(f"{stem}.table", grid.table, like=of)
         return edit.call(qc.lookup.default, data, table, str(fmt), width, dtype, like=like)
-    zero = None if grid.zero is None else edit.new_param(f"{stem}.zero", grid.zero, like=of)
+    zero: fx.Node | None = None
+    if grid.zero is not None and grid.zero.is_floating_point():
+        zero = edit.new_param(f"{stem}.zero", grid.zero, like=of)
+    elif grid.zero is not None:
+        packed = QTensor(grid.zero, Grid(fmt.zeros, torch.ones(1)))
+        zero = write(edit, packed, f"{stem}.zero", torch.int16, of=of, like=like)
     scale: fx.Node | None = None
     if grid.stored is not None:
         scale = write(edit, grid.stored, f"{stem}.scale", torch.float32, of=of, like=like)
@@ -55,7 +60,10 @@ def read(edit: Edit, node: fx.Node) -> QTensor | None:
     if node.target is qc.lookup.default:
         assert isinstance(second, fx.Node)
         return QTensor(codes, Grid(fmt, torch.ones(1), None, edit.tensor(second)))
-    zero = edit.tensor(node.args[2]) if isinstance(node.args[2], fx.Node) else None
+    zero = None
+    if isinstance(node.args[2], fx.Node):
+        kept = read(edit, node.args[2])
+        zero = edit.tensor(node.args[2]) if kept is None else kept.data
     if not isinstance(second, fx.Node):
         return QTensor(codes, Grid(fmt, torch.ones(1), zero))
     inner = read(edit, second)

@@ -6,7 +6,6 @@ kept for the process, per shape and formats.
 
 from __future__ import annotations
 
-import fnmatch
 import statistics
 import time
 from functools import lru_cache
@@ -77,8 +76,7 @@ def _fits(kernel: Kernel, out: int, width: int, scheme: Scheme) -> bool:
     return (
         capability.op == "linear"
         and weight is not None
-        and fnmatch.fnmatch(str(weight), capability.weight)
-        and fnmatch.fnmatch(str(scheme.activation or "float"), capability.activation)
+        and capability.fits_formats(scheme)
         and weight.symmetric
         and kernel.shape(out, width, weight) is None
         and self_test(kernel.name) is None

@@ -162,21 +162,43 @@ KERNELS = _table(
         Kernel(
             "int8",
             Capability(
-                "int8", "linear", "int8:channel", "int8:t*[!l]", 5e-3, "exact integer product"
+                "int8",
+                "linear",
+                "int8:channel",
+                "int8:t*[!l]",
+                5e-3,
+                "exact integer product",
+                decoded=True,
             ),
             _prepare8,
             lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_int8(x, w["weight"], w["scale"], b, s),
         ),
         Kernel(
             "packed8",
-            Capability("packed8", "linear", "int8:channel", "float", 2e-2, "bfloat16 activations"),
+            Capability(
+                "packed8",
+                "linear",
+                "int8:channel",
+                "float",
+                2e-2,
+                "bfloat16 activations",
+                decoded=True,
+            ),
             _prepare8,
             lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed8(x, w["weight"], w["scale"], b),
             _shape8,
         ),
         Kernel(
             "packed4",
-            Capability("packed4", "linear", "int4:group*", "float", 3e-2, "bfloat16 activations"),
+            Capability(
+                "packed4",
+                "linear",
+                "int4:group*",
+                "float",
+                3e-2,
+                "bfloat16 activations",
+                decoded=True,
+            ),
             _prepare4,
             lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed4(
                 x,

@@ -19,6 +19,7 @@ from qcompiler.facts import Facts
 from qcompiler.formats import QFormat, QTensor, Scheme
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
+from qcompiler.program import node_id
 from qcompiler.sites import Site, sites
 from qcompiler.stored import read
 
@@ -126,12 +127,21 @@ class LowerEmbedding(Pass):
             edit.spend("gather", site.node)
             rows = [
                 None if p is None else edit.call(aten.embedding.default, p, ids, like=site.node)
-                for p in (data, scale, zero)
+                for p in (data, _settled(edit, scale), _settled(edit, zero))
             ]
             new = edit.call(
                 qc.dequantize.default, *rows, *rest, like=site.node, replaces=[site.node]
             )
             edit.replace(site.node, new)
+
+
+def _settled(edit: Edit, node: object) -> fx.Node | None:
+    """Scales or zero points as a parameter that rows can be taken of, decoded if they are stored in
+    another form."""
+    if not isinstance(node, fx.Node) or (kept := read(edit, node)) is None:
+        return node if isinstance(node, fx.Node) else None
+    dtype = node.meta["val"].dtype
+    return edit.new_param(f"{node_id(node)}.decoded", kept.dequantize().to(dtype), like=node)
 
 
 def _input(site: Site) -> tuple[fx.Node, fx.Node | None]:

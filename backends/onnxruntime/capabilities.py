@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qcompiler.backend import Capability
 from qcompiler.backends.onnxruntime.layout import block_of
 from qcompiler.formats import Scheme
@@ -26,7 +28,7 @@ _REQUANTIZED = f"where a static format reads the output, maybe behind a Relu; el
 _ROUNDED = "float arithmetic; a quantized activation is rounded and goes on in float"
 _OPENED = "weights are dequantized when the file is opened"
 
-CAPABILITIES = (
+_KERNELS = (
     Capability(INTEGER, "linear", "*int[5-8]:[ct]*", "int?:token:dynamic", FLOAT32),
     Capability(INTEGER, "linear", "*int[5-8]:[ct]*", "int?:tensor:dynamic", FLOAT32),
     Capability(QDQ, "linear", "*int[5-8]:[ct]*", "*int?:tensor", FLOAT32),
@@ -36,7 +38,7 @@ CAPABILITIES = (
     Capability(
         DEQUANTIZED,
         "linear",
-        "*int*",
+        "*int[2-8]:*",
         "*",
         FLOAT32,
         f"for groups that are no multiple of 16; {_OPENED}; {_ROUNDED}",
@@ -46,6 +48,7 @@ CAPABILITIES = (
     Capability(CONV, "conv", "*int[2-8]:*", "*", FLOAT32, f"{_OPENED}; {_ROUNDED}"),
     Capability(GATHER, "embedding", "*int[2-8]:*", "*", FLOAT32, "only the rows that are read"),
 )
+CAPABILITIES = tuple(replace(kernel, decoded=True) for kernel in _KERNELS)
 
 
 def kernel_of(site: Site, scheme: Scheme) -> Capability | None:

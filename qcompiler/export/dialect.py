@@ -119,9 +119,13 @@ class Dialect:
             self.dequantize_plainly(draft, node, weight)
 
     def dequantize_plainly(self, draft: Draft, node: fx.Node, weight: Weight | None) -> None:
-        """The same in Cast, Sub and Mul, for a last group that is short."""
+        """The same in Cast, Sub and Mul, for a last group that is short; other formats as their
+        operator computes them, 16-bit floating point in its own type."""
         if weight is None:
-            node.target = ops.dequantize_packed
+            if (halves := draft.halves(node)) is not None:
+                draft.swap(node, torch.Tensor.to, halves, node.meta["val"].dtype)
+            else:
+                node.target = ops.dequantize_packed
             return
         value = node.meta["val"]
         draft.swap(

@@ -15,6 +15,7 @@ from torch.fx.node import Argument, map_aggregate
 from qcompiler.edit import copy_graph
 from qcompiler.export.weights import Weight
 from qcompiler.formats import QFormat
+from qcompiler.formats.element import Half
 from qcompiler.ops import dequantize_packed
 from qcompiler.program import Program, node_id
 
@@ -40,6 +41,17 @@ class Draft:
         halves = any(t.dtype == torch.bfloat16 for t in program.params.values())
         self.opset = max(opset, 22) if halves else opset
         self._constants: dict[str, fx.Node] = {}
+        self._decode_side_data()
+
+    def _decode_side_data(self) -> None:
+        """Scales and zero points are few: those that are stored as codes become numbers."""
+        for node in list(self.graph.nodes):
+            if node.target is not qc.dequantize.default or not _is_side_data(node):
+                continue
+            data, scale, zero = map(self.param, node.args[:3])
+            if data is not None:
+                value = dequantize_packed(data, scale, zero, *node.args[3:])
+                node.replace_all_uses_with(self.constant(node_id(node), value))
 
     def param(self, node: object) -> Tensor | None:
         """What the placeholder `node` holds; None for anything else."""
@@ -49,11 +61,10 @@ class Draft:
         """The stored weight that `node` makes floats of; None if it makes none of parameters."""
         if node.target is not qc.dequantize.default or not isinstance(node.args[0], fx.Node):
             return None
-        if not QFormat.parse(str(node.args[3])).is_integer:
+        fmt = QFormat.parse(str(node.args[3]))
+        if not fmt.is_integer or fmt.bits > 8:
             return None
-        data, scale, zero = self.param(node.args[0]), self._scale(node.args[1]), None
-        if node.args[2] is not None:
-            zero = self.param(node.args[2])
+        data, scale, zero = map(self.param, node.args[:3])
         if data is None or scale is None or (zero is None and node.args[2] is not None):
             return None
         if zero is not None and zero.is_floating_point():
@@ -61,14 +72,13 @@ class Draft:
         name = self.names[node.args[0].name].removesuffix(".data")
         return Weight.of(node, name, data, scale, zero)
 
-    def _scale(self, node: object) -> Tensor | None:
-        """A scale that is a parameter, or is decoded from parameters."""
-        if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default:
-            return self.param(node)
-        data, scale, zero = (self._scale(a) for a in node.args[:3])
-        if data is None:
+    def halves(self, node: fx.Node) -> fx.Node | None:
+        """The parameter of a 16-bit floating point type that `node` decodes, if it does."""
+        kind, data = QFormat.parse(str(node.args[3])).kind, self.param(node.args[0])
+        if not isinstance(kind, Half) or data is None or node.args[1] is not None:
             return None
-        return dequantize_packed(data, scale, zero, *node.args[3:])  # type: ignore[arg-type]
+        assert isinstance(node.args[0], fx.Node)
+        return self.constant(self.names[node.args[0].name], data.view(kind.dtype))
 
     def constant(self, name: str, value: Tensor | None) -> fx.Node | None:
         """A placeholder for `value`, one for each name; None stays None."""
@@ -150,6 +160,11 @@ class Draft:
             self.tensors = {
                 n: t.float() if t.is_floating_point() else t for n, t in self.tensors.items()
             }
+
+
+def _is_side_data(node: fx.Node) -> bool:
+    """Whether `node` is read by what decodes other codes, and by nothing else."""
+    return all(u.target is qc.dequantize.default and node in u.args[1:3] for u in node.users)
 
 
 def _as_float32(value: Argument) -> Argument:

@@ -28,5 +28,6 @@ class Element(ABC):
         """Numbers (float32, or the type of floating point codes), same shape."""
 
     def values(self) -> Tensor:
-        """Every number, by code from 0 (a NaN where a code stands for none), float32."""
-        return self.decode(torch.arange(2**self.bits, dtype=torch.int32))
+        """Every number, by the bits of its code (a NaN where they stand for none), float32."""
+        codes = torch.arange(2**self.bits, dtype=torch.int32)
+        return self.decode(codes - (codes >> (self.bits - 1) << self.bits) * self.signed)

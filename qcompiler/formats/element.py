@@ -12,7 +12,7 @@ scaled to.
 `fp16` `bf16` `e8m0`   what scales are stored in; `e8m0` is 2^k
 `nf2` `nf3` `nf4`      quantiles of a normal distribution (QLoRA, Dettmers et al. 2023)
 `pot3` … `pot8`        0 and ±2^-k (power of two)
-`log2` … `log8`        2^-k, for numbers from 0 to 1 (FQ-ViT, Lin et al. 2022: softmax)
+`log1` … `log7`        2^-k, for numbers from 0 to 1 (FQ-ViT, Lin et al. 2022: softmax)
 `twinlog3` …           two-sided logarithm, dense at zero, for long tails
 `tan3` …               dense near 1, for softmax (DopQ-ViT's tan companding)
 `codebook2` … `8`      learned numbers, one set for each row or one for the tensor
@@ -98,7 +98,8 @@ class Power(Element):
         return u.float().clamp_min(2.0**-127).log2().round().clamp(-127, 127) + 127
 
     def decode(self, codes: Tensor) -> Tensor:
-        return torch.exp2(codes.double() - 127).float()  # 2^-127 is subnormal in float32
+        power = torch.exp2(codes.double() - 127).float()  # 2^-127 is subnormal in float32
+        return power.where(codes != 255, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Half(Element):
 @lru_cache(maxsize=256)
 def element(name: str) -> Element:
     """The element called `name`; an unknown one is a `BadInput` that lists what there is."""
-    if match := re.fullmatch(r"(u?)int([1-8]|16)", name):
-        return Integer(int(match[2]), not match[1])
+    if match := re.fullmatch(r"(?:(u?)int([1-8])|int(16))", name):
+        return Integer(int(match[2] or match[3]), not match[1])
     if match := re.fullmatch(r"fp(\d+)_e(\d)m(\d)", name):
         bits, exponent, mantissa = map(int, match.groups())
         if bits == 1 + exponent + mantissa and 2 <= bits <= 8 and exponent:
@@ -151,7 +152,7 @@ FIXED: dict[str, Element] = {
 FAMILIES: dict[str, tuple[Callable[[int], Element], int, int]] = {
     "nf": (levels.normal_float, 2, 4),
     "pot": (levels.power_of_two, 2, 8),
-    "log": (levels.log, 1, 8),
+    "log": (levels.log, 1, 7),
     "twinlog": (levels.twin_log, 2, 8),
     "tan": (levels.tan, 1, 8),
     "mid": (levels.mid, 2, 4),

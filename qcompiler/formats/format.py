@@ -12,8 +12,6 @@ from qcompiler.errors import BadInput, unknown
 from qcompiler.formats import packing
 from qcompiler.formats.element import Codebook, Element, Half, Integer, Power, Ternary, element
 
-ZERO_BYTES = 2
-"""Bytes in which a zero point is stored."""
 TABLE_BYTES = 4
 """Bytes in which a number of a codebook is stored."""
 NAMED_BLOCKS = {"tensor": None, "channel": (-1,), "token": (-1,), "sample": (-1, -1, -1)}
@@ -71,7 +69,7 @@ class QFormat:
                 f"`full` is for signed integers without a zero point; found {self.element}"
                 + ("" if self.symmetric else ":…:asym, which has the full range already")
             )
-        if self.symmetric and self.element == "int1":
+        if self.symmetric and self.element == "int1" and not self.unscaled:
             raise BadInput("int1 without a zero point is 0 alone; write `binary` for ±1")
         if self.clip != 1.0 and not (self.dynamic and 0 < self.clip < 1):
             raise BadInput(f"a clipping ratio is between 0 and 1, of a dynamic format: {self.clip}")
@@ -79,6 +77,12 @@ class QFormat:
             raise BadInput(f"{self.element} has one table for each channel or for the tensor")
         if isinstance(kind, Codebook) and self.scale is not None:
             raise BadInput(f"{self.element} has no scales of its own; leave out `scale(…)`")
+        if isinstance(kind, Half | Power) and not self.unscaled:
+            raise BadInput(f"{self.element} has no scale; write it alone")
+        if self.unscaled and (self.block or self.scale or self.dynamic or not self.symmetric):
+            raise BadInput(f"an unscaled {self.element} has no block, scale or zero point")
+        if self.scale is not None and (self.scale.dynamic or self.scale.is_codebook):
+            raise BadInput(f"scales can be stored in a plain format, not in {self.scale}")
 
     @cached_property
     def kind(self) -> Element:
@@ -94,11 +98,9 @@ class QFormat:
         return isinstance(self.kind, Codebook)
 
     @property
-    def is_plain(self) -> bool:
-        """Integers with scales in float32, packed low bits first: what kernels read."""
-        return (self._is_signed_integer or self.element.startswith("uint")) and not (
-            self.scale or self.planes or self.unscaled
-        )
+    def decoded(self) -> QFormat:
+        """The format once codes are unpacked and scales are float32."""
+        return replace(self, scale=None, planes=False)
 
     @property
     def _is_signed_integer(self) -> bool:
@@ -140,7 +142,7 @@ class QFormat:
         """`int4:group128`, `int8:token:dynamic`, `fp4_e2m1:group32:scale(e8m0)`: parses back."""
         words = [self.element]
         if self.unscaled:
-            words += ["unscaled"] if self.is_integer else []
+            words += [] if isinstance(self.kind, Half | Power) else ["unscaled"]
         elif self.block is None:
             words += ["tensor"]
         elif self.block == (-1,):
@@ -154,7 +156,7 @@ class QFormat:
         words += [] if self.symmetric else ["asym"]
         words += ["dynamic"] if self.dynamic else []
         words += ["full"] if self.full else []
-        words += [f"clip{self.clip:g}"] if self.clip != 1.0 else []
+        words += [f"clip{self.clip}"] if self.clip != 1.0 else []
         words += ["planes"] if self.planes else []
         words += [f"scale({self.scale})"] if self.scale is not None else []
         return ":".join(words)
@@ -184,6 +186,11 @@ class QFormat:
         """The format of a kernel's rows (out, in · taps): a kernel has one scale a row, or one."""
         plain = self.block is None or len(self.block) == 1
         return self if plain else replace(self, block=(-1,))
+
+    @property
+    def zeros(self) -> QFormat:
+        """How zero points are stored, which are codes like any other."""
+        return QFormat(self.element, unscaled=True)
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes (…, n) in bytes, uint8 (…, bytes of a row)."""
@@ -219,7 +226,8 @@ class QFormat:
         if self.is_codebook:
             return data + _numel(scales) * int(2**self.bits) * TABLE_BYTES
         side = self.scale.bytes(scales) if self.scale is not None else 4 * _numel(scales)
-        return data + side + (0 if self.symmetric else _numel(scales) * ZERO_BYTES)
+        zeros = 0 if self.symmetric else self.zeros.bytes(scales)
+        return data + side + zeros
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """`bytes` in bits, for each number of a tensor of this `shape`."""
@@ -237,11 +245,13 @@ def _parse_format(text: str) -> QFormat:
     given: dict[str, object] = {}
     for word in words:
         key, value = _parse_word(word)
+        if key in given:
+            raise BadInput(f"format {text!r} says twice what its {key} is; leave one of them out")
         given[key] = value
+    if isinstance(kind, Half | Power):
+        given["unscaled"] = True
     if words and "block" not in given and "unscaled" not in given:
         raise BadInput(f"format {text!r} names no block; one of {', '.join(NAMED_BLOCKS)}, groupN")
-    if not words and isinstance(kind, Half | Power):
-        given["unscaled"] = True
     return QFormat(first, **given)  # type: ignore[arg-type]
 
 
@@ -257,7 +267,7 @@ def _parse_word(word: str) -> tuple[str, object]:
         return "block", (int(match[1]),)
     if match := re.fullmatch(r"block([\d*]+(?:x[\d*]+)*)", word):
         return "block", tuple(-1 if b == "*" else int(b) for b in match[1].split("x"))
-    if match := re.fullmatch(r"clip(\d*\.?\d+)", word):
+    if match := re.fullmatch(r"clip(\d*\.?\d+(?:e-\d+)?)", word):
         return "clip", float(match[1])
     if match := re.fullmatch(r"scale\((.*)\)", word):
         return "scale", _parse_format(match[1])

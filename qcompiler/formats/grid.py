@@ -50,6 +50,8 @@ class Grid:
         """The grid that covers [low, high] (and zero), block by block.
 
         A block of zeros gets scale 1, so that it stays exactly zero and nothing divides by zero.
+        Scales stop at float32's smallest normal number: below, they would lose their own precision.
+        A range that is infinite or NaN is its scale, so that no number of its block looks sound.
         """
         if fmt.unscaled:
             return cls(fmt, torch.ones((1,) * low.ndim, device=low.device))
@@ -61,12 +63,12 @@ class Grid:
         zero = None
         if fmt.symmetric:
             size = torch.maximum(low.abs(), high.abs())
-            scale = _power(size, fmt) if _is_power(fmt.scale) else size / fmt.top
-            scale = torch.where(size > 0, scale, torch.ones_like(scale))
-            return cls.of(fmt, scale)
+            if _is_power(fmt.scale):
+                return cls.of(fmt, torch.where(size == 0, 1.0, _power(size, fmt)))
+            return cls.of(fmt, _positive(size / fmt.top, size))
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / (fmt.qmax - fmt.qmin)
-        grid = cls.of(fmt, torch.where(scale > 0, scale, torch.ones_like(scale)))
+        grid = cls.of(fmt, _positive(scale, high - low))
         zero = torch.round(fmt.qmin - low / grid.scale).clamp(fmt.qmin, fmt.qmax)
         return replace(grid, zero=zero.to(torch.int16))
 
@@ -81,11 +83,11 @@ class Grid:
         return step * spread(self.scale, tuple(like.shape), self.format)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes of `x`, in the type of x (integers) or an integer type."""
-        fmt = self.format
+        """Codes of `x`: numbers without a fraction in float32 or float64, or an integer type."""
+        fmt, shape = self.format, tuple(x.shape)
+        x = x if x.dtype == torch.float64 else x.float()
         if self.table is not None:
             return _nearest_of(x, self.table)
-        shape = tuple(x.shape)
         u = x if fmt.unscaled else x / spread(self.scale, shape, fmt).to(x.dtype)
         return encode(u, None if self.zero is None else spread(self.zero, shape, fmt), fmt)
 
@@ -99,7 +101,7 @@ class Grid:
     def round(self, x: Tensor) -> Tensor:
         """The nearest numbers of the grid, float32 (float64 for float64)."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return self.decode(self.codes(x.to(dtype)), dtype)
+        return self.decode(self.codes(x), dtype)
 
     def quantize(self, x: Tensor) -> QTensor:
         """`x` by its nearest numbers."""
@@ -215,6 +217,11 @@ def _nearest_of(x: Tensor, table: Tensor) -> Tensor:
     bounds = ((table[:, 1:] + table[:, :-1]) / 2).to(x.dtype)
     found = torch.searchsorted(bounds.expand(rows.shape[0], -1).contiguous(), rows)
     return found.reshape(x.shape)
+
+
+def _positive(scale: Tensor, size: Tensor) -> Tensor:
+    """Scales of blocks of these sizes that can be divided by."""
+    return torch.where(size == 0, 1.0, scale.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _is_power(fmt: QFormat | None) -> bool:

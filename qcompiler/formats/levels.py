@@ -55,7 +55,8 @@ class Levels(Element):
         return torch.bucketize(u.contiguous(), bounds)
 
     def decode(self, codes: Tensor) -> Tensor:
-        levels = torch.tensor(self.levels, dtype=torch.float32, device=codes.device)
+        spare = [torch.nan] * (2**self.bits - len(self.levels))
+        levels = torch.tensor([*self.levels, *spare], dtype=torch.float32, device=codes.device)
         return levels[codes.long()]
 
 

@@ -53,9 +53,10 @@ class Minifloat(Element):
         return float(2.0 ** (field - self.bias) * (1 + m / 2**self.mantissa))
 
     def encode(self, u: Tensor) -> Tensor:
-        size = u.abs().clamp(max=self.top)
-        # frexp gives a fraction in [½, 1): its exponent is one above the number's.
-        exponent = (torch.frexp(size).exponent - 1).clamp(min=1 - self.bias)
+        size = u.abs().nan_to_num(0.0).clamp(max=self.top)
+        least = 1 - self.bias
+        # frexp gives a fraction in [½, 1): its exponent is one above the number's; 0 has none.
+        exponent = (torch.frexp(size).exponent - 1).clamp(min=least).where(size > 0, least)
         steps = torch.round(torch.ldexp(size, self.mantissa - exponent)).to(torch.int32)
         # Steps of a normal number start at 2^M, which the exponent field 1 adds of itself: a
         # number rounded up to the next power of two, and a subnormal one, come out right so.

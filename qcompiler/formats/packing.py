@@ -28,15 +28,20 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor:
     """The inverse of `pack`: int16 (…, width)."""
-    if bits == 8:
-        return (packed.view(torch.int8) if signed else packed).to(torch.int16)
+    # Without views of other types, which ONNX does not have.
     if bits == 16:
-        return packed.contiguous().view(torch.int16)
-    octets = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits))
-    octets = octets.reshape(*octets.shape[:-1], -1, bits)
-    word = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64)  # (…, words, 1)
-    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
-    q: Tensor = ((word >> shifts) & (2**bits - 1)).to(torch.int16).flatten(-2)[..., :width]
+        return packed[..., ::2].to(torch.int16) | packed[..., 1::2].to(torch.int16) << 8
+    # Number i of each eight lies in one octet or in two.
+    octets = torch.nn.functional.pad(packed, (0, 8 * bits)).to(torch.int32)
+    words = -(-width // 8)
+    eighths = []
+    for first in range(0, 8 * bits, bits):
+        octet, shift = divmod(first, 8)
+        part = octets[..., octet::bits][..., :words]
+        if shift + bits > 8:
+            part = part | octets[..., octet + 1 :: bits][..., :words] << 8
+        eighths.append((part >> shift & 2**bits - 1).to(torch.int16))
+    q = torch.stack(eighths, -1).flatten(-2)[..., :width]
     if signed:
         q = torch.where(q >= 2 ** (bits - 1), q - 2**bits, q)
     return q.contiguous()
@@ -60,7 +65,7 @@ def unpack_planes(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor
 def pack_ternary(q: Tensor) -> Tensor:
     """Five numbers -1, 0, 1 in one byte, the first one lowest: uint8 (…, ceil(n/5))."""
     q = torch.nn.functional.pad(q.to(torch.int64) + 1, (0, -q.shape[-1] % TRITS), value=1)
-    return (q.reshape(*q.shape[:-1], -1, TRITS) * _powers(q)).sum(-1).to(torch.uint8)
+    return (q.unflatten(-1, (-1, TRITS)) * _powers(q)).sum(-1).to(torch.uint8)
 
 
 def unpack_ternary(packed: Tensor, width: int) -> Tensor:
