@@ -104,7 +104,7 @@ class Quantize(Pass):
             if scheme.activation and (edge := site.input) is not None:
                 self._round(edit, facts, edge, scheme.activation, inputs)
         self._attention(edit, facts, inputs)
-        _tell_too_little(edit, solved, rounding.needed())
+        _tell(edit, solved, rounding.needed())
 
     def _with_rounded_inputs(self, facts: Facts) -> Program:
         """The program as its weights will see it."""
@@ -182,8 +182,15 @@ def _reason(scheme: Scheme, solved: Solved | None) -> str:
     return words
 
 
-def _tell_too_little(edit: Edit, solved: Mapping[str, Solved], needed: tuple[str, ...]) -> None:
-    """Say where a Gram matrix cannot have full rank."""
+def _tell(edit: Edit, solved: Mapping[str, Solved], needed: tuple[str, ...]) -> None:
+    """What roundings have to say, and where a Gram matrix cannot have full rank."""
+    said: dict[str, list[str]] = {}
+    for id, s in solved.items():
+        for note in s.notes:
+            said.setdefault(note, []).append(id)
+    for note, ids in said.items():
+        more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+        edit.note(f"{', '.join(ids[:3])}{more}: {note}")
     if "gram" not in needed:
         return
     short = [s for s in solved.values() if 0 < s.vectors < s.weight.data.shape[1]]

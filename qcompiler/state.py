@@ -25,6 +25,8 @@ class Solved:
     """Input vectors that were seen for it."""
     error: float | None = None
     """tr(E H Eᵀ) / tr(W H Wᵀ): how far off the layer's output is; None where H is not known."""
+    notes: tuple[str, ...] = ()
+    """What the rounding has to say."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ def write_state(keep: Keep, state: State) -> None:
     for id, s in state.solved.items():
         held, fmt = pack_tensor(s.weight, f"solved.{id}")
         tensors |= held
-        solved[id] = [fmt, s.vectors, s.error]
+        solved[id] = [fmt, s.vectors, s.error, s.notes]
     numbers: dict[str, object] = {}
     for kind in ("exact", "rounded"):
         for i, values in enumerate(getattr(state, kind)):
@@ -68,8 +70,10 @@ def read_state(keep: Keep, program: Program, given: Sequence[Values]) -> State |
     tensors, about = found
     assert isinstance(about, dict)
     solved = {
-        id: Solved(unpack_tensor(tensors, f"solved.{id}", QFormat.parse(fmt)), count, error)
-        for id, (fmt, count, error) in about["solved"].items()
+        id: Solved(
+            unpack_tensor(tensors, f"solved.{id}", QFormat.parse(fmt)), count, error, tuple(notes)
+        )
+        for id, (fmt, count, error, notes) in about["solved"].items()
     }
     nodes: dict[str, fx.Node] = {n.name: n for n in program.graph.nodes}
     streams: dict[str, list[Values]] = {k: [dict(v) for v in given] for k in ("exact", "rounded")}

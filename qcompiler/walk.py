@@ -249,4 +249,4 @@ def _account(layer: Layer, q: QTensor) -> Solved:
     if layer.inputs.gram is not None:
         whole = output_error(layer, torch.zeros_like(layer.weight))
         error = float(output_error(layer, q.dequantize()) / whole) if whole > 0 else 0.0
-    return Solved(q, 0 if seen is None else seen.count, error)
+    return Solved(q, 0 if seen is None else seen.count, error, tuple(layer.notes))

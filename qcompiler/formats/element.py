@@ -95,7 +95,8 @@ class Power(Element):
 
     def encode(self, u: Tensor) -> Tensor:
         # The nearest by ratio; where a format floors instead, it hands over a power of two.
-        return u.float().clamp_min(2.0**-127).log2().round().clamp(-127, 127) + 127
+        code = u.float().clamp_min(2.0**-127).log2().round().clamp(-127, 127) + 127
+        return code.nan_to_num(255)
 
     def decode(self, codes: Tensor) -> Tensor:
         power = torch.exp2(codes.double() - 127).float()  # 2^-127 is subnormal in float32

@@ -41,7 +41,7 @@ class Grid:
         kept = inner.quantize(scale)
         value = kept.dequantize()
         # A scale that is rounded to zero would make every number of its block zero, or NaN.
-        value = torch.where(value > 0, value, inner.least(scale))
+        value = torch.where(value == 0, inner.least(scale), value)
         kept = inner.quantize(value)
         return cls(fmt, kept.dequantize(), zero, None, kept)
 
@@ -232,7 +232,8 @@ def _power(size: Tensor, fmt: QFormat) -> Tensor:
     """2^(floor(log₂ max) - floor(log₂ top)): a scale of MX (OCP MX v1.0, section 6.3)."""
     exponent = torch.frexp(size).exponent - 1
     top = torch.frexp(torch.tensor(fmt.kind.top)).exponent - 1
-    return torch.exp2((exponent - top.to(size.device)).clamp(-127, 127).double()).float()
+    power = torch.exp2((exponent - top.to(size.device)).clamp(-127, 127).double()).float()
+    return power.where(size.isfinite(), torch.nan)
 
 
 def _least(fmt: QFormat) -> float:

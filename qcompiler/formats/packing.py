@@ -65,7 +65,8 @@ def unpack_planes(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor
 def pack_ternary(q: Tensor) -> Tensor:
     """Five numbers -1, 0, 1 in one byte, the first one lowest: uint8 (…, ceil(n/5))."""
     q = torch.nn.functional.pad(q.to(torch.int64) + 1, (0, -q.shape[-1] % TRITS), value=1)
-    return (q.unflatten(-1, (-1, TRITS)) * _powers(q)).sum(-1).to(torch.uint8)
+    packed: Tensor = (q.unflatten(-1, (-1, TRITS)) * _powers(q)).sum(-1).to(torch.uint8)
+    return packed
 
 
 def unpack_ternary(packed: Tensor, width: int) -> Tensor:

@@ -44,8 +44,8 @@ class AdaRound(Learned):
 
     @property
     def own_rate(self) -> float:
-        """As far as from one end of h to the other and back a dozen times, in all."""
-        return 100 / self.steps
+        """What crosses h a dozen times in all, but no more in a step than noise allows."""
+        return min(0.3, 100 / self.steps)
 
     def student(self, weight: Tensor, grid: Grid) -> Student:
         return _Student(weight, grid, self.harden, self.warmup)

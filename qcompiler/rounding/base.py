@@ -48,6 +48,8 @@ class Layer:
     """(out, in) float32; a kernel (out, in, …) by rows."""
     format: QFormat
     inputs: Inputs = field(default_factory=Inputs)
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the step should know: a rounding adds to it."""
 
 
 class Block(Protocol):

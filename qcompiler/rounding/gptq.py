@@ -12,7 +12,6 @@ storage knows nothing of the order. A column that no input reaches is rounded to
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -62,17 +61,10 @@ class Gptq(Rounding):
         gram = gram_of(layer)
         found = factor(gram, self.damping, self.order)
         if found is None:
-            warnings.warn(
-                f"{layer.id}: no damping makes its Gram matrix positive definite; rounded to "
-                f"nearest",
-                stacklevel=2,
-            )
+            layer.notes.append("no damping makes its Gram matrix definite; rounded to nearest")
             return nearest(layer.weight, layer.format)
         if found.damping != self.damping:
-            warnings.warn(
-                f"{layer.id}: its Gram matrix is singular; GPTQ with damping {found.damping:g}",
-                stacklevel=2,
-            )
+            layer.notes.append(f"its Gram matrix is singular; damping {found.damping:g}")
         fmt, importance = layer.format, gram.diagonal()
         if self.static:
             grid = fit(layer.weight, fmt, self.search, importance)
