@@ -31,7 +31,9 @@ def write(
         return edit.call(qc.lookup.default, data, table, str(fmt), width, dtype, like=like)
     zero: fx.Node | None = None
     if grid.zero is not None and grid.zero.is_floating_point():
-        zero = edit.new_param(f"{stem}.zero", grid.zero, like=of)
+        half = grid.zero.half()
+        short = half if torch.equal(half.float(), grid.zero.float()) else grid.zero
+        zero = edit.new_param(f"{stem}.zero", short, like=of)
     elif grid.zero is not None:
         packed = QTensor(grid.zero, Grid(fmt.zeros, torch.ones(1)))
         zero = write(edit, packed, f"{stem}.zero", torch.int16, of=of, like=like)

@@ -7,9 +7,9 @@
           [ vᵀH1  1ᵀH1 ] [Δt] = [ 1ᵀ H e ]        v the block's q, e its row of E
 
 (Guo et al. 2024, decoupleQ.) Made for 2 bits, where rounding for a given scale wastes most. Each
-step lowers the loss or is not taken. Zero points are floating point numbers; formats without any
-have t = 0, and elements that are no integers have their numbers for q. Codebooks have no scales
-(see `kmeans`).
+step lowers the loss or is not taken. Zero points are floating point numbers of 16 bits; formats
+without any have t = 0, and elements that are no integers have their numbers for q. Codebooks have
+no scales (see `kmeans`).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Sides:
         grid = Grid.of(self._grid.format, self._scale)
         if self._offset is None:
             return grid
-        return replace(grid, zero=-self._offset / grid.scale)
+        return replace(grid, zero=(-self._offset / grid.scale).half().float())
 
     def _pooled(self, rows: Tensor) -> Tensor:
         """Sums over the rows that share scales."""

@@ -5,7 +5,7 @@
 
 (Badri and Shaji 2023, half-quadratic quantization; p = 0.7, β growing by 1 %.) Errors are taken in
 units of the scale, so that the result scales with the weights. Zero points are floating point
-numbers. Formats without any get scales by the same steps:
+numbers of 16 bits. Formats without any get scales by the same steps:
 
     s ← Σ q' (W - E) / Σ q'²,        q' what the codes stand for
 
@@ -66,7 +66,8 @@ def hqq(weight: Tensor, fmt: QFormat, steps: int = 20) -> Grid:
         error = (x - round_folded(x, *sides(trial), fmt)).abs() * inside
         return error.pow(POWER).sum(-1)
 
-    return best_of(grid, _steps(grid, x, inside, steps), loss)
+    best = best_of(grid, _steps(grid, x, inside, steps), loss)
+    return best if best.zero is None else replace(best, zero=best.zero.half().float())
 
 
 def _steps(grid: Grid, x: Tensor, inside: Tensor, steps: int) -> Iterator[Grid]:
