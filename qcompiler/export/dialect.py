@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler import ops
+from qcompiler.errors import BackendError
 from qcompiler.export import kernels
 from qcompiler.export.draft import OLDEST, Draft
 from qcompiler.export.weights import Weight, as_unsigned, container, pack_fields, unsigned
 from qcompiler.formats import QFormat
-from qcompiler.program import Program
+from qcompiler.formats.element import Half
+from qcompiler.formats.minifloat import Minifloat
+from qcompiler.program import Program, node_id
 from qcompiler.sites import Site, sites
 
 aten = torch.ops.aten
@@ -146,7 +149,13 @@ class Dialect:
         assert isinstance(x, fx.Node) and fmt is not None
         value, known, middle = x.meta["val"], draft.param(scale), draft.param(zero)
         axis = _axis(known, tuple(value.shape)) if (zero is None) == (middle is None) else None
-        if value.dtype == torch.float64 and not self.float32:
+        special = not fmt.is_integer or fmt.bits > 8 or fmt.scale is not None or fmt.clip != 1.0
+        if isinstance(fmt.kind, Minifloat | Half) or fmt.scale is not None:
+            raise BackendError(
+                f"{self.name}: node {node_id(node)} rounds to {fmt}, for which ONNX has no "
+                "operators; assign another format to it, or run it with --backend reference"
+            )
+        if special or (value.dtype == torch.float64 and not self.float32):
             node.target = ops.fake_quantize  # QuantizeLinear takes no float64
         elif known is not None and axis is not None:
             self._static(draft, node, fmt, known, middle, axis)

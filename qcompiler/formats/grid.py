@@ -8,6 +8,7 @@ with z = 0 for symmetric formats. Rounding is half to even, as IEEE 754 and ever
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -230,9 +231,8 @@ def _is_power(fmt: QFormat | None) -> bool:
 
 def _power(size: Tensor, fmt: QFormat) -> Tensor:
     """2^(floor(log₂ max) - floor(log₂ top)): a scale of MX (OCP MX v1.0, section 6.3)."""
-    exponent = torch.frexp(size).exponent - 1
-    top = torch.frexp(torch.tensor(fmt.kind.top)).exponent - 1
-    power = torch.exp2((exponent - top.to(size.device)).clamp(-127, 127).double()).float()
+    exponent = torch.frexp(size).exponent - math.frexp(fmt.kind.top)[1]
+    power = torch.exp2(exponent.clamp(-127, 127).double()).float()
     return power.where(size.isfinite(), torch.nan)
 
 

@@ -5,6 +5,11 @@
 with bias = 2^(E-1) - 1, rounded half to even, and saturated: what is too large becomes the largest
 number. All codes are numbers, as in OCP MX v1.0 (5.3), but for 8 bits: e4m3 gives its last code to
 NaN (OCP FP8, `float8_e4m3fn`), all others the last exponent to infinity and NaN, as IEEE 754 does.
+
+Numbers, codes and rounding are, bit for bit, those of torch and ml_dtypes: `fp8_e4m3` is their
+`float8_e4m3fn` (not IEEE's `float8_e4m3`, which ends at 240), `fp8_e5m2` `float8_e5m2`, `fp8_e3m4`
+`float8_e3m4`, `fp6_e2m3`, `fp6_e3m2` and `fp4_e2m1` those with `fn` behind. Only above the top do
+they differ: torch gives e5m2 infinity, ml_dtypes NaN or infinity where there are any.
 """
 
 from __future__ import annotations

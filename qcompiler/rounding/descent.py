@@ -41,8 +41,8 @@ class QuantEase(Rounding):
     """Whose result it starts from."""
     damping: float = 0.01
     """λ in units of the mean diagonal of H."""
-    search: By = "output"
-    """How ranges are found, as in `search`."""
+    search: By = "none"
+    """How ranges are found, as in `search`; see `gptq`."""
 
     def __post_init__(self) -> None:
         if self.passes < 1:

@@ -48,8 +48,9 @@ class Gptq(Rounding):
     """Columns with the largest inputs first."""
     static: bool = True
     """Scales are found before; False: of each group when its turn comes (needs order=false)."""
-    search: By = "output"
-    """How ranges are found, as in `search`; `none` covers each block."""
+    search: By = "none"
+    """How ranges are found, as in `search`. `mse` helps where blocks are whole rows; in groups of
+    32 it lowers the layer's error, and yet a network's outputs tend to suffer."""
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:

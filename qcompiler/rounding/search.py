@@ -11,7 +11,7 @@
 =============  ==================================================================================
 
 Each block for itself. Where scales are rounded, the rounded ones are judged; what they are rounded
-to is settled before, by the whole ranges. The numbers of a codebook are found by k-means instead.
+to is settled before, by the whole ranges. A codebook's numbers are always found by k-means.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def fit(
 ) -> Grid:
     """The grid for a matrix (out, in); `importance` (in,) is H_jj, the inputs' mean squares."""
     weight = weight.float()
-    if fmt.is_codebook and by != "none":
-        return codebook(weight, fmt, importance if by == "output" else None)
+    if fmt.is_codebook:
+        return codebook(weight, fmt, None if by == "mse" else importance)
     grid = Grid.fit(weight, fmt)
     if by == "none" or fmt.unscaled:
         return grid
