@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.blocks import Block, Runner, Values, blocks, compute
+from qcompiler.errors import BadInput
 from qcompiler.formats import QFormat, QTensor
 from qcompiler.keep import Keep
 from qcompiler.observers import Gram, Range, Sample, Statistic
@@ -167,6 +168,10 @@ class _Step:
             if shared.get(site.id) != site.id or not x.numel():
                 return
             rows = vectors(site, x)
+            if not bool(rows.isfinite().all()):
+                raise BadInput(
+                    f"calibration meets NaN or infinite values at the input of {site.id}"
+                )
             mine = found.setdefault(site.id, {})
             for name, kind in kinds.items():
                 new = kind.of(rows)

@@ -271,3 +271,12 @@ def test_nan_in_calibration_names_the_site(uneven: tuple[Program, list[Flat]]) -
     bad: list[Flat] = [(torch.full((2, 5, 16), torch.nan),)]
     with pytest.raises(BadInput, match="NaN or infinite values at the input of linear"):
         measure(uneven[0], bad)
+    with pytest.raises(BadInput, match="NaN or infinite values at the input of linear"):
+        run(uneven[0], "assign{head=same},quantize{rounding=gptq}", bad)
+
+
+def test_too_little_data_is_told(uneven: tuple[Program, list[Flat]]) -> None:
+    """5 vectors for 16 inputs: said with the number that is needed, and rounded all the same."""
+    few: list[Flat] = [(torch.randn(1, 5, 16),)]
+    found = run(uneven[0], "assign{head=same},quantize{rounding=gptq}", few)
+    assert "(5 of 16)" in found.history[-1].notes[0] and "4 times" in found.history[-1].notes[0]
