@@ -15,6 +15,7 @@ they differ: torch gives e5m2 infinity, ml_dtypes NaN or infinity where there ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,13 +70,19 @@ class Minifloat(Element):
         return code | (torch.signbit(u).to(torch.int32) << (self.bits - 1))
 
     def decode(self, codes: Tensor) -> Tensor:
-        half = [
-            self._magnitude(c) if c <= self.last else self._special(c)
-            for c in range(2 ** (self.bits - 1))
-        ]
-        table = torch.tensor([*half, *(-v for v in half)], device=codes.device)
-        return table[codes.long()]
+        return _numbers(self).to(codes.device)[codes.long()]
+
+    def number(self, code: int) -> float:
+        """What a code without its sign stands for."""
+        return self._magnitude(code) if code <= self.last else self._special(code)
 
     def _special(self, code: int) -> float:
         infinite = self.exponent != 4 and code == self.last + 1
         return float("inf") if infinite else float("nan")
+
+
+@lru_cache(maxsize=64)
+def _numbers(kind: Minifloat) -> Tensor:
+    """Every number by its code, float32."""
+    half = [kind.number(code) for code in range(2 ** (kind.bits - 1))]
+    return torch.tensor([*half, *(-v for v in half)])
