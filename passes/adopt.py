@@ -46,7 +46,7 @@ def _weight(site: Site) -> QFormat | None:
     node = site.weight
     if node.target is aten.reshape.default:
         node = node.args[0]  # type: ignore[assignment]
-    fmt = _format(node, qc.dequantize.default, 3)
+    fmt = _format(node, qc.dequantize.default, 3) or _format(node, qc.lookup.default, 2)
     if fmt is not None and site.kind.name == "conv" and fmt.block is not None:
         # A convolution's rows are flattened where they are stored.
         fmt = replace(fmt, block=(-1,) * (site.weight.meta["val"].ndim - 1))

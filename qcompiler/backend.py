@@ -55,7 +55,7 @@ def _matches(fmt: QFormat | None, pattern: str) -> bool:
     """Whether `pattern` names `fmt`. Scales of another type and another order of bits must be named
     in words, unless all formats are: `int4:group*` is a kernel that reads float32 scales."""
     text = str(fmt or "float")
-    special = [w for w in ("scale(", "planes", "unscaled") if w in text]
+    special = [w for w in ("scale(", "planes", "unscaled", "clip") if w in text]
     return fnmatch.fnmatch(text, pattern) and (pattern == "*" or all(w in pattern for w in special))
 
 

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import qcompiler
 from qcompiler import pipeline
 from qcompiler.capture import Source, open_model
 from qcompiler.cli_export import export
+from qcompiler.cli_lists import LISTS
 from qcompiler.compiled import Batches, Compiled, load
 from qcompiler.compiled import compile as compile_model
+from qcompiler.console import as_json, err, out, print_json
 from qcompiler.data import read_batches
 from qcompiler.diff import Diff, diff
 from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.evaluate import compare, perplexity, race
-from qcompiler.formats import NAMED_BLOCKS
 from qcompiler.indices import check_indices
 from qcompiler.program import Program
-from qcompiler.recipe import DEFAULT, load_recipe, recipe_names
-from qcompiler.registry import get_backend, get_pass, make_passes, table
+from qcompiler.recipe import DEFAULT, load_recipe
+from qcompiler.registry import get_backend, make_passes
 from qcompiler.samples import random_inputs, sizes_for
 from qcompiler.show.account import Account
 from qcompiler.show.terminal import (
@@ -44,10 +41,6 @@ from qcompiler.show.terminal import (
 from qcompiler.spaces import KINDS
 from qcompiler.spaces import find as find_spaces
 from qcompiler.store import MANIFEST, Saved, read
-
-out = Console(soft_wrap=True)
-err = Console(stderr=True)
-as_json = click.option("--json", "json_", is_flag=True, help="Print JSON instead of tables.")
 
 
 class Commands(click.Group):
@@ -118,7 +111,7 @@ def compile_(
         )
     compiled.save(output)
     if json_:
-        _print_json(
+        print_json(
             {
                 "steps": compiled.diff().rows()[1:],
                 "bytes": compiled.bytes,
@@ -166,7 +159,7 @@ def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
             canonical = pipeline.run_pipeline(program, passes)
         found = find_spaces(canonical, kind or "diagonal")
         if json_:
-            _print_json({"spaces": space_rows(found)})
+            print_json({"spaces": space_rows(found)})
         else:
             print_spaces(out, found)
         return
@@ -174,7 +167,7 @@ def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
         print_program(out, program)
         return
     last = program.history[-1].after
-    _print_json(
+    print_json(
         {
             "inputs": [str(p) for p in program.io.tensors],
             "bytes": program.bytes,
@@ -201,7 +194,7 @@ def diff_(
     if show_id or why_id:
         rows = account.show(show_id) if show_id else account.why(str(why_id))
         if json_:
-            _print_json([{"step": n, "pass": p, "text": t} for n, p, t in rows])
+            print_json([{"step": n, "pass": p, "text": t} for n, p, t in rows])
         for number, name, text in [] if json_ else rows:
             out.print(f"{number} {name}: {text}", highlight=False, markup=False)
         if not rows and not json_:
@@ -209,7 +202,7 @@ def diff_(
         return
     if second is None and at is None:
         if json_:
-            _print_json({"steps": [_stat_row(account, n) for n in range(len(account.steps))]})
+            print_json({"steps": [_stat_row(account, n) for n in range(len(account.steps))]})
         elif stat:
             print_stat(out, account)
         else:
@@ -224,7 +217,7 @@ def diff_(
         before = account.at(len(account.steps) - 1 if at is None else at)
         change = diff(before, other.at(last if other_at is None else other_at))
     if json_:
-        _print_json(_diff_row(change))
+        print_json(_diff_row(change))
     elif stat:
         out.print(str(change))
     else:
@@ -285,7 +278,7 @@ def eval_(artifact: Path, data: Path, metric: str, batches: int | None, json_: b
             sqnr, cosine = compare(compiled.artifact.run, reference.flat, feed, tick)
             result = {"sqnr": sqnr} if metric == "sqnr" else {"cosine": cosine}
     if json_:
-        _print_json(result)
+        print_json(result)
         return
     for name, value in result.items():
         out.print(f"{name.replace('_', ' ')}: {value:.4f}{' dB' if name == 'sqnr' else ''}")
@@ -315,7 +308,7 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
         "float_bytes": compiled.float_bytes,
     }
     if json_:
-        _print_json(result)
+        print_json(result)
         return
     out.print(
         f"{sizes or 'fixed sizes'}: float {times[against] * 1e3:.2f} ms, quantized "
@@ -324,109 +317,10 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     )
 
 
-@main.command("passes")
-@as_json
-def passes_(json_: bool) -> None:
-    """List all passes with their options."""
-    rows: list[dict[str, object]] = []
-    for name in sorted(table("qcompiler.passes")):
-        try:
-            cls = get_pass(name)
-        except BadInput as error:  # a broken plug-in is named, the others go on
-            rows.append({"name": name, "error": str(error)})
-            continue
-        about = (cls.__doc__ or "").strip().splitlines()[0]
-        options = {k: {"type": t, "default": d} for k, (t, d) in cls.options().items()}
-        rows.append({"name": name, "effect": cls.effect.value, "about": about, "options": options})
-    if json_:
-        return _print_json({"passes": rows})
-    shown = Table("pass", "effect", "what it does", "options")
-    for row in rows:
-        listed = row.get("options", {})
-        assert isinstance(listed, dict)
-        words = " ".join(f"{k}={v['default']}" for k, v in listed.items())
-        shown.add_row(
-            str(row["name"]),
-            str(row.get("effect", "")),
-            str(row.get("about", row.get("error"))),
-            words,
-        )
-    return out.print(shown)
-
-
-@main.command()
-@as_json
-def recipes(json_: bool) -> None:
-    """List the recipes that ship with qcompiler."""
-    found = [load_recipe(name) for name in recipe_names()]
-    rows = [{"name": r.name, "about": r.about, "pipeline": str(r)} for r in found]
-    if json_:
-        return _print_json({"recipes": rows})
-    shown = Table("recipe", "what it does", "pipeline")
-    for row in rows:
-        shown.add_row(row["name"], row["about"], row["pipeline"])
-    return out.print(shown)
-
-
-@main.command()
-@as_json
-def formats(json_: bool) -> None:
-    """List element types and blocks; a format is written element:block[:asym][:dynamic][:full]."""
-    elements = [f"{u}int{b}" for u in ("", "u") for b in range(2, 9)]
-    blocks = [*NAMED_BLOCKS, "groupN"]
-    examples = {
-        "int8:channel": "weights, one scale per output channel",
-        "int4:group128": "weights, one scale per 128 inputs of a channel",
-        "int8:token:dynamic": "activations, one scale per token, found as they come",
-        "int8:tensor": "activations, one calibrated scale",
-        "uint8:tensor:asym": "the same with a zero point",
-        "int4:channel:full": "all of -8 … 7 where a symmetric format leaves -8 out",
-    }
-    if json_:
-        return _print_json({"elements": elements, "blocks": blocks, "examples": examples})
-    out.print(f"elements: {' '.join(elements)}\nblocks: {' '.join(blocks)}")
-    for text, what in examples.items():
-        out.print(f"  {text:20} {what}", markup=False)
-    return None
-
-
-@main.command()
-@as_json
-def backends(json_: bool) -> None:
-    """List the backends, whether they run here, and what their kernels serve."""
-    rows: list[dict[str, object]] = []
-    shown = Table("backend", "what it is", "kernels")
-    for name in sorted(table("qcompiler.backends")):
-        try:
-            backend = get_backend(name)
-        except QCompilerError as error:  # a broken plug-in is named, the others go on
-            rows.append({"name": name, "about": str(error), "kernels": []})
-            shown.add_row(name, str(error), "")
-            continue
-        kernels = backend.capabilities
-        rows.append(
-            {"name": name, "about": backend.summary, "kernels": [asdict(k) for k in kernels]}
-        )
-        lines = [f"{k.kernel}: {k.op} {k.weight} × {k.activation}" for k in kernels]
-        shown.add_row(name, backend.summary, "\n".join(lines))
-    if json_:
-        return _print_json({"backends": rows})
-    return out.print(shown)
-
-
-main.add_command(export)
+for command in (export, *LISTS):
+    main.add_command(command)
 
 # --- helpers -----------------------------------------------------------------------------------
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=1, default=_plain))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value)
 
 
 def _program(model: str) -> Program:

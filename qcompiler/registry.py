@@ -91,11 +91,15 @@ def get_rounding(text: str) -> Rounding:
     specs = parse_pipeline(text)
     if len(specs) != 1:
         raise BadInput(f"one rounding is wanted; found {text!r}")
-    name = specs[0].name
+    return rounding_class(specs[0].name).make(specs[0].options)
+
+
+def rounding_class(name: str) -> type[Rounding]:
+    """The class of the rounding called `name`."""
     cls = _load("qcompiler.roundings", "rounding", name)
     if not isinstance(cls, type) or not issubclass(cls, Rounding):
         raise BadInput(f"rounding {name!r} is {cls!r}; expected a subclass of qcompiler.Rounding")
-    return cls.make(specs[0].options)
+    return cls
 
 
 def backend_class(name: str) -> type[Backend]:

@@ -68,7 +68,7 @@ class Walk:
         scheme = self.program.plan.get(site.id)
         if scheme is None or scheme.weight is None or self.program.param_of(site.weight) is None:
             return None
-        return scheme.weight.by_rows
+        return scheme.weight.by_rows if site.kind.name == "conv" else scheme.weight
 
     def exactly(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """A node as the float program computes it."""

@@ -30,7 +30,8 @@ LAYERS = (
     "show.account store",
     "compiled",
     "data evaluate show",
-    "cli_export",
+    "console",
+    "cli_export cli_lists",
     "cli",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

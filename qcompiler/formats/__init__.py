@@ -4,7 +4,7 @@ A `QFormat` is data. It says which numbers exist and which elements share a scal
 scale was found (that is a rounding's business) nor which kernel reads it (a backend's).
 """
 
-from qcompiler.formats.element import Element, element
+from qcompiler.formats.element import Element, element, element_names
 from qcompiler.formats.format import ALIASES, NAMED_BLOCKS, QFormat, Scheme
 from qcompiler.formats.grid import Grid, QTensor, block_range, dequantize, encode, spread
 from qcompiler.formats.packing import pack, unpack
@@ -20,6 +20,7 @@ __all__ = [
     "block_range",
     "dequantize",
     "element",
+    "element_names",
     "encode",
     "pack",
     "spread",

@@ -34,6 +34,7 @@ from qcompiler.formats import levels
 from qcompiler.formats.base import Element as Element
 from qcompiler.formats.minifloat import Minifloat
 
+MINIFLOATS = ("fp8_e4m3", "fp8_e5m2", "fp8_e3m4", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1")
 EXAMPLES = ("int4", "int8", "uint8", "ternary", "binary", "fp8_e4m3", "fp4_e2m1", "nf4", "log4")
 
 
@@ -160,3 +161,14 @@ FAMILIES: dict[str, tuple[Callable[[int], Element], int, int]] = {
     "codebook": (Codebook, 1, 8),
 }
 """Family → what makes it from a number of bits, the fewest and the most bits."""
+
+
+def element_names() -> list[str]:
+    """Every name of an element; of small floating point numbers, those that others use too."""
+    integers = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 9)]
+    families = [
+        f"{name}{bits}"
+        for name, (_, low, high) in FAMILIES.items()
+        for bits in range(low, high + 1)
+    ]
+    return [*integers, "int16", *MINIFLOATS, *FIXED, *families]
