@@ -117,7 +117,8 @@ def compile(
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT)
         pipeline = chosen.passes()
     target = get_backend(backend) if isinstance(backend, str) else backend
-    batches = None if data is None or data == "synthetic" else _keep(data)
+    keep = None if work is None else Keep.open(Path(work))
+    batches = None if data is None or data == "synthetic" else _listed(data)
     program, source, example = open_model(model, example_inputs, dynamic=dynamic)
     flat = _flatten(program, example, "example_inputs") if example is not None else None
     feed = None
@@ -127,7 +128,6 @@ def compile(
         ready = [_flatten(program, b, f"data batch {i}") for i, b in enumerate(batches)]
     if data is not None:
         feed = lambda: ready  # noqa: E731 (a name for a one-word function)
-    keep = None if work is None else Keep(Path(work))
     quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch, keep=keep)
     compiled = finish(quantized, target, program, source, flat, watch)
     if keep is not None:
@@ -226,7 +226,7 @@ def _made(watch: Watcher | None, passes: int) -> Tick:
     return tick
 
 
-def _keep(data: Iterable[object]) -> list[object]:
+def _listed(data: Iterable[object]) -> list[object]:
     """Batches as a list, so that several passes can go over a generator."""
     if isinstance(data, Tensor | Mapping):
         raise BadInput("data is a sequence of batches; found one batch. Write data=[batch]")

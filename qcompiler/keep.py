@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qcompiler.errors import BadInput
 from qcompiler.formats import Grid, QFormat, QTensor
 
 Tensors = dict[str, Tensor]
@@ -30,6 +32,16 @@ class Keep:
     """A folder of such files."""
 
     folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> Keep:
+        """`folder`, new or from a run before; one with anything else in it is a `BadInput`."""
+        if folder.exists() and not (folder.is_dir() and all(map(_is_ours, folder.iterdir()))):
+            raise BadInput(
+                f"{folder} is no folder for work in progress: it holds other files, and would be "
+                "removed at the end; choose another place"
+            )
+        return cls(folder)
 
     def under(self, *key: object) -> Keep:
         """A folder in it for work that `key` names."""
@@ -65,6 +77,10 @@ class Keep:
     def clear(self) -> None:
         """Remove the folder and all in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_dir() and re.fullmatch(r"[0-9a-f]{16}", path.name) is not None
 
 
 def pack_tensor(q: QTensor, stem: str) -> tuple[Tensors, str]:

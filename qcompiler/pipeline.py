@@ -25,6 +25,7 @@ from qcompiler.order import check_order
 from qcompiler.passbase import Pass
 from qcompiler.program import Program, digest
 from qcompiler.samples import Flat, check_inputs, synthetic_data
+from qcompiler.version import __version__
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class _Feed:
         tick = lambda done, total: tell("optimizing", done, total)  # noqa: E731 (a name for a call)
         if not needs:
             return Facts(program, tick=tick)
-        keep = self._keep and self._keep.under(fingerprint(program), self._digest, step)
+        keep = self._keep and self._keep.under(
+            __version__, fingerprint(program), self._digest, step
+        )
         batches = self._data()
         of = len(batches) if isinstance(batches, Sized) else 0
         found = measure(program, batches, needs, lambda n: tell("calibrating", n, of), keep)

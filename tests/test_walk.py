@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompiler import Program, QFormat, QTensor, Rounding, Scheme, capture
+from qcompiler import BadInput, Program, QFormat, QTensor, Rounding, Scheme, capture, compile
 from qcompiler.blocks import Runner, blocks
 from qcompiler.keep import Keep, pack_tensor, unpack_tensor
 from qcompiler.pipeline import run_pipeline
@@ -242,6 +242,14 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path) -> None:
     assert keep.load("it") is not None and keep.load("other") is None
     (tmp_path / "it.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
     assert keep.load("it") is None
+
+
+def test_a_folder_with_other_files_is_no_place_for_work(tmp_path: Path) -> None:
+    """It would be removed at the end."""
+    (tmp_path / "thesis.tex").write_text("…")
+    with pytest.raises(BadInput, match="holds other files"):
+        compile(Stack(), (torch.randn(7, 5),), passes="assign,quantize", work=tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
 
 
 class Stop(Exception):
