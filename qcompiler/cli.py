@@ -116,6 +116,7 @@ def compile_(
                 "steps": compiled.diff().rows()[1:],
                 "bytes": compiled.bytes,
                 "float_bytes": compiled.float_bytes,
+                "bits_per_weight": compiled.bits_per_weight,
                 "backend": compiled.backend.name,
                 "kernels": dict(compiled.kernels),
                 "refused": dict(compiled.refused),
@@ -129,9 +130,10 @@ def compile_(
 
 
 def _print_summary(compiled: Compiled, output: Path) -> None:
-    ratio = compiled.float_bytes / max(compiled.bytes, 1)
+    ratio, bits = compiled.float_bytes / max(compiled.bytes, 1), compiled.bits_per_weight
     out.print(
         f"{compiled.float_bytes:,} → {compiled.bytes:,} bytes of weights ({ratio:.2f} × smaller)"
+        + (f", {bits:.2f} bits for each quantized one" if bits is not None else "")
     )
     served: dict[str, int] = {}
     for why in compiled.kernels.values():

@@ -27,6 +27,7 @@ from qcompiler.registry import get_backend, make_passes
 from qcompiler.samples import Flat, check_inputs
 from qcompiler.show.account import Account
 from qcompiler.store import About, read, save
+from qcompiler.stored import bits_per_weight
 from qcompiler.synthetic import Tick, synthesize
 
 Batches = Iterable[object] | Literal["synthetic"]
@@ -58,6 +59,11 @@ class Compiled:
     def bytes(self) -> int:
         """Bytes of the quantized parameters."""
         return self.program.bytes
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of each weight that is stored in codes, all side data counted."""
+        return bits_per_weight(self.program)
 
     @property
     def kernels(self) -> Mapping[str, str]:

@@ -13,6 +13,7 @@ from torch import fx
 
 from qcompiler.edit import Edit
 from qcompiler.formats import Grid, QFormat, QTensor
+from qcompiler.program import Program
 
 qc = torch.ops.qc
 DECODERS = (qc.dequantize.default, qc.lookup.default)
@@ -71,3 +72,20 @@ def read(edit: Edit, node: fx.Node) -> QTensor | None:
     inner = read(edit, second)
     scale = edit.tensor(second) if inner is None else inner.dequantize()
     return QTensor(codes, Grid(fmt, scale, zero, None, inner))
+
+
+def bits_per_weight(program: Program) -> float | None:
+    """Bits of all that stored tensors are decoded from, codes, scales, zero points and tables, for
+    each of their numbers; None if nothing is stored in codes."""
+    ends = [n for n in program.graph.nodes if n.target in DECODERS]
+    ends = [n for n in ends if not all(u.target in DECODERS for u in n.users)]
+    held: set[fx.Node] = set()
+    waiting = list(ends)
+    while waiting:
+        node = waiting.pop()
+        held.add(node)
+        waiting += [n for n in node.all_input_nodes if n not in held]
+    names = {program.slots[n.name] for n in held if n.name in program.slots}
+    size = sum(program.params[n].numel() * program.params[n].element_size() for n in names)
+    count = sum(n.meta["val"].numel() for n in ends)
+    return 8 * size / count if count else None

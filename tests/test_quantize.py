@@ -19,6 +19,7 @@ from qcompiler.ranges import RANGES
 from qcompiler.registry import make_passes
 from qcompiler.run import evaluate
 from qcompiler.samples import Flat
+from qcompiler.stored import bits_per_weight
 
 from .zoo import build
 
@@ -111,6 +112,16 @@ def test_probabilities_are_rounded(llama: Program) -> None:
     fine = run(llama, "assign{weight=float probabilities=uint8:tensor:dynamic},quantize")
     assert not attentions(found.nodes)
     assert 0 < fine.history[-1].metrics["error"] < found.history[-1].metrics["error"]
+
+
+@pytest.mark.parametrize("text", ["int4:group8:asym:scale(fp16)", "nvfp4", "codebook3:channel"])
+def test_bits_per_weight_are_those_of_the_format(text: str) -> None:
+    program = capture(nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 40)), (torch.randn(2, 40),))
+    found = run(program, f"assign{{weight={text} head=same}},quantize")
+    fmt = QFormat.parse(text)
+    wanted = (fmt.bytes((24, 40)) + fmt.bytes((40, 24))) * 8 / (2 * 24 * 40)
+    assert bits_per_weight(found) == pytest.approx(wanted)
+    assert bits_per_weight(program) is None
 
 
 # --- static ranges -------------------------------------------------------------------------------
