@@ -59,7 +59,7 @@ def test_every_recipe_builds(name: str) -> None:
     assert recipe.about and [p.name for p in recipe.passes()][-1] == "quantize"
     steps = {s.name for s in recipe.specs}
     assert {"smooth", "rotate", "learn_rotation"} & steps == {
-        *(["smooth"] if any(word in name for word in ("smooth", "rotated", "learned")) else []),
+        *(["smooth"] if any(w in name for w in ("smooth", "rotated", "learned", "awq")) else []),
         *(["rotate"] if any(word in name for word in ("rotated", "learned")) else []),
         *(["learn_rotation"] if "learned" in name else []),
     }
