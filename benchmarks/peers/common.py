@@ -280,6 +280,7 @@ def main(about: str | None, packages: tuple[str, ...], methods: dict[str, Method
     torch.set_num_threads(options.threads)
 
     task = Task(options.model, options.data, options.kind)
+    os.chdir(task.scratch.name)  # some peers leave folders where they run
     value, extra = task.score(task.runner(task.model()))
     rows = [{"format": "float", "method": "float", "value": value, "extra": extra}]
     for form in forms:
