@@ -9,7 +9,6 @@ compared with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +27,7 @@ from qcompiler.program import Program
 from qcompiler.registry import get_rounding
 from qcompiler.rounding.bias import bias_correction
 from qcompiler.sites import Edge, Site, sites
-from qcompiler.state import Solved
+from qcompiler.state import Solved, remarks
 from qcompiler.stored import write
 
 aten = torch.ops.aten
@@ -93,7 +92,10 @@ class Quantize(Pass):
                     site.node, "its weight is still an expression; put `fold` before quantize"
                 )
                 continue
-            edit.spend(_reason(scheme, solved.get(site.id)), site.node)
+            words = f"stored and computed as the plan says: {scheme}"
+            if site.id in solved:
+                words += solved[site.id].words
+            edit.spend(words, site.node)
             if scheme.weight:
                 key = (site.weight, scheme.weight)
                 if key not in weights:
@@ -104,7 +106,8 @@ class Quantize(Pass):
             if scheme.activation and (edge := site.input) is not None:
                 self._round(edit, facts, edge, scheme.activation, inputs)
         self._attention(edit, facts, inputs)
-        _tell(edit, solved, rounding.needed())
+        for text in remarks(solved, "gram" in rounding.needed()):
+            edit.note(text)
 
     def _with_rounded_inputs(self, facts: Facts) -> Program:
         """The program as its weights will see it."""
@@ -173,34 +176,3 @@ def _correct(edit: Edit, facts: Facts, site: Site, solved: Solved) -> None:
         new = edit.call(aten.add.Tensor, site.bias, param, like=site.node)
     assert site.kind.bias is not None
     edit.rewire(site.node, site.kind.bias, new)
-
-
-def _reason(scheme: Scheme, solved: Solved | None) -> str:
-    words = f"stored and computed as the plan says: {scheme}"
-    if solved is not None and solved.error is not None:
-        words += f"; its output is off by {solved.error**0.5:.2%} on {solved.vectors} vectors"
-    return words
-
-
-def _tell(edit: Edit, solved: Mapping[str, Solved], needed: tuple[str, ...]) -> None:
-    """What roundings have to say, and where a Gram matrix cannot have full rank."""
-    said: dict[str, list[str]] = {}
-    for id, s in solved.items():
-        for note in s.notes:
-            said.setdefault(note, []).append(id)
-    for note, ids in said.items():
-        more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-        edit.note(f"{', '.join(ids[:3])}{more}: {note}")
-    if "gram" not in needed:
-        return
-    short = [s for s in solved.values() if 0 < s.vectors < s.weight.data.shape[1]]
-    if short:
-        worst = max(short, key=lambda s: s.weight.data.shape[1] / s.vectors)
-        width = worst.weight.data.shape[1]
-        edit.note(
-            f"{len(short)} layers saw fewer input vectors than they have inputs ({worst.vectors} "
-            f"of {width}): their Gram matrix is singular; hand over at least "
-            f"{-(-width // worst.vectors)} times the data"
-        )
-    if blind := [id for id, s in solved.items() if s.vectors == 0]:
-        edit.note(f"rounded to nearest, as no input vectors were seen: {', '.join(blind[:5])}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -27,6 +27,13 @@ class Solved:
     """tr(E H Eᵀ) / tr(W H Wᵀ): how far off the layer's output is; None where H is not known."""
     notes: tuple[str, ...] = ()
     """What the rounding has to say."""
+
+    @property
+    def words(self) -> str:
+        """How far off its output is, to go behind a reason; empty where that is not known."""
+        if self.error is None:
+            return ""
+        return f"; its output is off by {self.error**0.5:.2%} on {self.vectors} vectors"
 
 
 @dataclass
@@ -86,3 +93,29 @@ def read_state(keep: Keep, program: Program, given: Sequence[Values]) -> State |
             kinds.add(kind)
     exact = streams["exact"] if "exact" in kinds else []
     return State(about["done"], solved, exact, streams["rounded"])
+
+
+def remarks(solved: Mapping[str, Solved], grams: bool) -> list[str]:
+    """What roundings have to say; with `grams`, also where a Gram matrix cannot have full rank."""
+    said: dict[str, list[str]] = {}
+    for id, s in solved.items():
+        for note in s.notes:
+            said.setdefault(note, []).append(id)
+    found = []
+    for note, ids in said.items():
+        more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+        found.append(f"{', '.join(ids[:3])}{more}: {note}")
+    if not grams:
+        return found
+    short = [s for s in solved.values() if 0 < s.vectors < s.weight.data.shape[1]]
+    if short:
+        worst = max(short, key=lambda s: s.weight.data.shape[1] / s.vectors)
+        width = worst.weight.data.shape[1]
+        found.append(
+            f"{len(short)} layers saw fewer input vectors than they have inputs ({worst.vectors} "
+            f"of {width}): their Gram matrix is singular; hand over at least "
+            f"{-(-width // worst.vectors)} times the data"
+        )
+    if blind := [id for id, s in solved.items() if s.vectors == 0]:
+        found.append(f"rounded to nearest, as no input vectors were seen: {', '.join(blind[:5])}")
+    return found

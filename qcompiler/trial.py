@@ -21,8 +21,8 @@ def rounded(weight: Tensor, fmt: QFormat | None) -> Tensor:
     weight = weight.float()
     if fmt is None:
         return weight
-    if fmt.block is not None and len(fmt.block) > 1:
-        fmt = replace(fmt, block=(-1,))  # one scale for each filter
+    if weight.ndim > 2:
+        fmt = fmt.by_rows
     rows = weight.reshape(weight.shape[0], -1)
     return nearest(rows, fmt).dequantize().reshape(weight.shape)
 
