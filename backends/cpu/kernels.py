@@ -156,7 +156,7 @@ def _shape8(out: int, width: int, fmt: QFormat) -> str | None:
     return None if width % 16 == 0 else f"takes inputs in 16s; found {width}"
 
 
-# `[!l]` leaves out what ends in `full`: the kernel's own scales are for ±127.
+# `[!ld]` leaves out what ends in `full` or `mirrored`: the kernel's own scales are for ±127.
 KERNELS = _table(
     [
         Kernel(
@@ -165,7 +165,7 @@ KERNELS = _table(
                 "int8",
                 "linear",
                 "int8:channel",
-                "int8:t*[!l]",
+                "int8:t*[!ld]",
                 5e-3,
                 "exact integer product",
                 decoded=True,

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from qcompiler.spec import PassSpec
 
 BITS = (4, 3, 2)
-TOKEN = ":token:dynamic:full"
+TOKEN = ":token:dynamic:mirrored"
 
 
 def _both(name: str, size: str) -> dict[str, str]:
     scale = "" if "channel" in size else ":scale(fp16)"  # what the peers store for groups
     return {
-        name: f"weight={size}:full{scale}",
+        name: f"weight={size}:mirrored{scale}",
         f"{name}-asym": f"weight={size}:asym{scale}",
     }
 
 
 def _weight_only() -> dict[str, str]:
-    """Without a zero point: all of -8 … 7 with s = max|x| / 7.5, as compressed-tensors has it."""
+    """Without a zero point: codes -8 … 7, ours with the extreme of a group at -8."""
     found = {}
     for name, size in (("w8", "int8:channel"), ("w4g128", "int4:group128")):
         found |= _both(name, size)
@@ -30,9 +30,9 @@ def _weight_only() -> dict[str, str]:
 
 
 FORMATS: dict[str, str] = _weight_only() | {
-    "w8a8": f"weight=int8:channel:full activation=int8{TOKEN}",
-    "w4a8": f"weight=int4:group32:full:scale(fp16) activation=int8{TOKEN}",
-    "w4a4": f"weight=int4:channel:full activation=int4{TOKEN}",
+    "w8a8": f"weight=int8:channel:mirrored activation=int8{TOKEN}",
+    "w4a8": f"weight=int4:group32:mirrored:scale(fp16) activation=int8{TOKEN}",
+    "w4a4": f"weight=int4:channel:mirrored activation=int4{TOKEN}",
 }
 """Name, the same in the peers' scripts → what `assign` is told."""
 

@@ -149,6 +149,7 @@ class Dialect:
         assert isinstance(x, fx.Node) and fmt is not None
         value, known, middle = x.meta["val"], draft.param(scale), draft.param(zero)
         axis = _axis(known, tuple(value.shape)) if (zero is None) == (middle is None) else None
+        whole = fmt.full or fmt.mirrored
         special = not fmt.is_integer or fmt.bits > 8 or fmt.scale is not None or fmt.clip != 1.0
         if isinstance(fmt.kind, Minifloat | Half) or fmt.scale is not None:
             raise BackendError(
@@ -161,7 +162,7 @@ class Dialect:
             self._static(draft, node, fmt, known, middle, axis)
         elif scale is None and str(fmt) == "uint8:tensor:asym:dynamic":
             draft.swap(node, kernels.quantize_dynamic_uint8, x)
-        elif scale is None and fmt.symmetric and not fmt.full and (axes := axes_of(fmt, x)):
+        elif scale is None and fmt.symmetric and not whole and (axes := axes_of(fmt, x)):
             draft.swap(node, kernels.quantize_dynamic, x, axes, fmt.qmax)
         else:
             node.target = ops.fake_quantize

@@ -100,5 +100,5 @@ def as_unsigned(weight: Weight) -> Weight:
     if weight.format.element != "int8":
         return weight
     zero = torch.zeros_like(weight.scale, dtype=torch.int16) if weight.zero is None else weight.zero
-    fmt = replace(weight.format, element="uint8", symmetric=False, full=False)
+    fmt = replace(weight.format, element="uint8", symmetric=False, full=False, mirrored=False)
     return replace(weight, format=fmt, data=weight.data + 128, zero=zero + 128)

@@ -48,6 +48,10 @@ class QFormat:
     full: bool = False
     """Symmetric with the whole range, -8 … 7 with s = max|x| / 7.5: a step of 1/15 instead of 1/14
     of the range, for which the largest positive number is cut off by half a step."""
+    mirrored: bool = False
+    """Symmetric with the whole range, and scales of either sign: the extreme of each block is at
+    qmin exactly, s = x_extreme / qmin (gguf's Q4_0), a step of 1/16 of the range. The other end is
+    cut off where it comes as near to the extreme."""
     scale: QFormat | None = None
     """How the scales themselves are stored; None is float32."""
     clip: float = 1.0
@@ -69,6 +73,12 @@ class QFormat:
                 f"`full` is for signed integers without a zero point; found {self.element}"
                 + ("" if self.symmetric else ":…:asym, which has the full range already")
             )
+        if self.mirrored and (self.full or not (self.symmetric and self._is_signed_integer)):
+            raise BadInput(
+                f"`mirrored` is for signed integers, in place of `full` and `asym`; found {self}"
+            )
+        if self.mirrored and self.scale is not None and not self.scale.signed:
+            raise BadInput(f"scales of `mirrored` have signs, which {self.scale} cannot store")
         if self.symmetric and self.element == "int1" and not self.unscaled:
             raise BadInput("int1 without a zero point is 0 alone; write `binary` for ±1")
         if self.clip != 1.0 and not (self.dynamic and 0 < self.clip < 1):
@@ -123,7 +133,8 @@ class QFormat:
             return -1
         if not self.signed:
             return 0
-        narrow = self.symmetric and not self.full and self.is_integer and not self.unscaled
+        whole = self.full or self.mirrored or self.unscaled
+        narrow = self.symmetric and self.is_integer and not whole
         return int(-(1 << (self.bits - 1)) + (1 if narrow else 0))
 
     @property
@@ -136,6 +147,8 @@ class QFormat:
     @property
     def top(self) -> float:
         """What the largest magnitude of a block is scaled to."""
+        if self.mirrored:
+            return -self.qmin
         return (self.qmax - self.qmin) / 2 if self.full else self.kind.top
 
     def __str__(self) -> str:
@@ -156,6 +169,7 @@ class QFormat:
         words += [] if self.symmetric else ["asym"]
         words += ["dynamic"] if self.dynamic else []
         words += ["full"] if self.full else []
+        words += ["mirrored"] if self.mirrored else []
         words += [f"clip{self.clip}"] if self.clip != 1.0 else []
         words += ["planes"] if self.planes else []
         words += [f"scale({self.scale})"] if self.scale is not None else []
@@ -259,7 +273,7 @@ def _parse_word(word: str) -> tuple[str, object]:
     """A word as (field, value)."""
     if word == "asym":
         return "symmetric", False
-    if word in ("dynamic", "full", "planes", "unscaled"):
+    if word in ("dynamic", "full", "mirrored", "planes", "unscaled"):
         return word, True
     if word in NAMED_BLOCKS:
         return "block", NAMED_BLOCKS[word]
@@ -271,7 +285,7 @@ def _parse_word(word: str) -> tuple[str, object]:
         return "clip", float(match[1])
     if match := re.fullmatch(r"scale\((.*)\)", word):
         return "scale", _parse_format(match[1])
-    known = ["asym", "dynamic", "full", "planes", "scale(fp16)", "clip0.9", "group128"]
+    known = ["asym", "dynamic", "full", "mirrored", "planes", "scale(fp16)", "clip0.9", "group128"]
     raise unknown("word in a format", word, [*known, *NAMED_BLOCKS])
 
 

@@ -66,7 +66,10 @@ class Grid:
             size = torch.maximum(low.abs(), high.abs())
             if _is_power(fmt.scale):
                 return cls.of(fmt, torch.where(size == 0, 1.0, _power(size, fmt)))
-            return cls.of(fmt, _positive(size / fmt.top, size))
+            scale = _positive(size / fmt.top, size)
+            if fmt.mirrored:  # the extreme has code qmin, which is negative
+                scale = torch.where(high > -low, -scale, scale)
+            return cls.of(fmt, scale)
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / (fmt.qmax - fmt.qmin)
         grid = cls.of(fmt, _positive(scale, high - low))
@@ -79,9 +82,10 @@ class Grid:
         return cls.cover(*block_range(x, fmt), fmt)
 
     def least(self, like: Tensor) -> Tensor:
-        """The smallest positive number of the grid, in the shape of `like`."""
+        """The number next to zero on the side of each number of `like`."""
         step = torch.full_like(like, float(_least(self.format)))
-        return step * spread(self.scale, tuple(like.shape), self.format)
+        step = step * spread(self.scale, tuple(like.shape), self.format)
+        return torch.where(like < 0, -step, step)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of `x`: numbers without a fraction in float32 or float64, or an integer type."""

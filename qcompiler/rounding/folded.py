@@ -45,7 +45,7 @@ def with_scales(grid: Grid, scale: Tensor) -> Grid:
         return replace(grid, scale=scale)
     inner = grid.stored.grid
     value = inner.round(scale)
-    kept = inner.quantize(torch.where(value > 0, value, inner.least(scale)))
+    kept = inner.quantize(torch.where(value == 0, inner.least(scale), value))
     return replace(grid, scale=kept.dequantize(), stored=kept)
 
 

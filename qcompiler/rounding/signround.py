@@ -81,6 +81,7 @@ class _Student(Student):
         low, high = self._range()
         if grid.zero is None:
             scale = torch.maximum(low.abs(), high.abs()) / fmt.top
+            scale = scale.copysign(grid.scale)
             return grid.scale + (scale - scale.detach()), None
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / (fmt.qmax - fmt.qmin)
@@ -93,5 +94,9 @@ def covered(grid: Grid) -> tuple[Tensor, Tensor]:
     """The smallest and the largest number of each block that its scale was made for."""
     fmt = grid.format
     if grid.zero is None:
-        return -grid.scale * fmt.top, grid.scale * fmt.top
+        size = grid.scale.abs() * fmt.top
+        if fmt.mirrored:  # only one end is the extreme; the other is a step nearer
+            ends = grid.scale * fmt.qmin, grid.scale * fmt.qmax
+            return torch.minimum(*ends), torch.maximum(*ends)
+        return -size, size
     return grid.scale * (fmt.qmin - grid.zero), grid.scale * (fmt.qmax - grid.zero)

@@ -37,14 +37,18 @@ def formats(draw: st.DrawFn, dynamic: bool | None = None) -> QFormat:
     integer = isinstance(element(name), Integer) and not isinstance(element(name), Ternary)
     asym = name == "int1" or (integer and draw(st.booleans()))
     scale = draw(st.sampled_from(SCALES))
+    stored = None if scale is None else QFormat.parse(scale)
+    signed = name.startswith("int") and name != "int1" and not asym
+    whole = draw(st.sampled_from(("", "full", "mirrored"))) if signed else ""
     moving = draw(st.booleans()) if dynamic is None else dynamic
     return QFormat(
         name,
         draw(st.sampled_from(BLOCKS)),
         symmetric=not asym,
         dynamic=moving,
-        full=not asym and integer and name.startswith("int") and draw(st.booleans()),
-        scale=None if scale is None else QFormat.parse(scale),
+        full=whole == "full",
+        mirrored=whole == "mirrored" and (stored is None or stored.signed),
+        scale=stored,
         clip=draw(st.floats(0.01, 0.99)) if moving and draw(st.booleans()) else 1.0,
         planes=name != "ternary" and draw(st.booleans()),
     )

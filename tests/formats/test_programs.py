@@ -30,6 +30,7 @@ WEIGHTS = (
     *(f"{name}:channel" for name in ELEMENTS if not element(name).one_sided),
     "int1:channel:asym", "uint1:channel:asym", "uint4:group16:asym", "uint8:tensor:asym",
     "int4:group16", "int4:group20:full", "int4:group16:asym:scale(int8:channel)", "int3:tensor",
+    "int4:group16:mirrored:scale(fp16)", "int8:channel:mirrored",
     "int3:channel:planes", "ternary:group16", "nf4:group16:scale(fp8_e4m3:tensor)",
     "int4:group16:scale(uint8:group2:scale(fp16))", "fp4_e2m1:group16:planes",
     "codebook3:channel", "codebook4:tensor", "mxfp4", "mxfp6_e2m3", "mxfp8_e5m2", "mxint8", "nvfp4",
@@ -38,6 +39,7 @@ WEIGHTS = (
 """In groups of 16, the last one of 40 or 20 columns is short."""
 EXPORTED = (
     "int1:channel:asym", "int16:channel", "uint4:group16:asym", "int4:group20:full", "int3:tensor",
+    "int4:group16:mirrored",
     "int4:group16:asym:scale(int8:channel)", "ternary:group16", "codebook3:channel", "nvfp4",
     "fp8_e4m3:channel", "fp6_e2m3:channel", "nf4:group16:scale(fp8_e4m3:tensor)", "dyadic", "fp16",
 )  # fmt: skip
@@ -151,7 +153,7 @@ def test_onnx(tmp_path: Path) -> None:
 ACTIVATIONS = (
     "pot4:tensor", "nf4:token:dynamic", "log4:tensor", "ternary:tensor", "binary:token:dynamic",
     "int16:tensor", "int8:token:dynamic:clip0.8", "uint8:tensor:asym:dynamic:clip0.8",
-    "int4:group3:dynamic:full", "int8:tensor",
+    "int4:token:dynamic:mirrored", "int4:group3:dynamic:full", "int8:tensor",
 )  # fmt: skip
 
 
