@@ -51,7 +51,7 @@ def main() -> None:
         grid = cells(options.formats, options.methods, options.rotations, case.keep)
         make_ours(case, [c for c in grid if not results.has(key(case, c))], seeds, results)
         for peer in options.peers or ():
-            run_peer(peer, case, options.formats, seeds, results)
+            run_peer(peer, case, options.formats, seeds, options.slow, results)
     shown = [
         r
         for r in results.rows
@@ -96,6 +96,9 @@ def arguments() -> argparse.Namespace:
         *("--peers",), type=choice(NAMES), nargs="?", const=[*NAMES], metavar="A,B",
         help="run these, or all: " + ", ".join(NAMES),
     )  # fmt: skip
+    parser.add_argument(
+        "--slow", action="store_true", help="also the peers' methods that take minutes for a row"
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK[0]} tokens, {QUICK[1]} seed")
     parser.add_argument("--tokens", type=int, help=f"held-out tokens ({FULL[0]})")
     parser.add_argument("--seeds", type=int, help=f"seeds of random matrices ({FULL[1]})")

@@ -22,7 +22,9 @@ from .rows import Results, Row
 NAMES = tuple(ENVIRONMENTS)
 
 
-def run_peer(name: str, case: Case, formats: list[str], seeds: int, results: Results) -> None:
+def run_peer(
+    name: str, case: Case, formats: list[str], seeds: int, slow: bool, results: Results
+) -> None:
     """Add the peer's rows at `formats`, those left out that an earlier run finished."""
     threads = torch.get_num_threads()
     marks = {f: f"{name}/{case.name}/{f}" for f in formats}
@@ -41,6 +43,7 @@ def run_peer(name: str, case: Case, formats: list[str], seeds: int, results: Res
         answer = Path(folder) / "answer.json"
         command = [python, script_of(name), case.folder, folder, "--kind", case.kind]
         command += ["--formats", ",".join(wanted), "--seeds", seeds, "--threads", threads]
+        command += ["--slow"] if slow else []
         with (
             answer.open("w") as stdout,
             subprocess.Popen(

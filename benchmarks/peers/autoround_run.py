@@ -85,4 +85,5 @@ METHODS: dict[str, Method] = {
 
 
 if __name__ == "__main__":
-    main(__doc__, PACKAGES, METHODS)
+    rest = ("signround 50", "signround ext", "signround neuqi", "awq + signround")
+    main(__doc__, PACKAGES, METHODS, slow=rest)

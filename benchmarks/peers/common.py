@@ -260,18 +260,28 @@ def perplexity(run: Run, batches: list[Batch]) -> float:
     return math.exp(total / count)
 
 
-def main(about: str | None, packages: tuple[str, ...], methods: dict[str, Method]) -> None:
-    """Run every method asked for at every format asked for, the float model first."""
+def main(
+    about: str | None,
+    packages: tuple[str, ...],
+    methods: dict[str, Method],
+    slow: tuple[str, ...] = (),
+) -> None:
+    """Run every method asked for at every format asked for, the float model first.
+
+    Methods in `slow` take minutes for a row where others are as good; they run when asked for.
+    """
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--kind", choices=tuple(BATCH), required=True)
     parser.add_argument("--formats", required=True, help="w8,w4g128,w4g32-asym,w8a8 …")
-    parser.add_argument("--methods", help="all: " + ", ".join(methods))
+    parser.add_argument("--methods", help=", ".join(methods))
+    parser.add_argument("--slow", action="store_true", help="all, also " + ", ".join(slow))
     parser.add_argument("--seeds", type=int, default=1, help="runs of a method that draws numbers")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    names = options.methods.split(",") if options.methods else list(methods)
+    usual = [name for name in methods if options.slow or name not in slow]
+    names = options.methods.split(",") if options.methods else usual
     if unknown := set(names) - set(methods):
         parser.error(f"no method {sorted(unknown)}; there are {', '.join(methods)}")
     forms = [Format.parse(name) for name in options.formats.split(",")]

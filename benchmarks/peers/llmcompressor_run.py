@@ -216,4 +216,7 @@ METHODS: dict[str, Method] = {
 if __name__ == "__main__":
     logger.remove()
     IntermediatesCache.pin_memory = lambda self, index: None
-    main(__doc__, PACKAGES, METHODS)
+    centred = tuple(name for name in METHODS if name.endswith(("R2", "R4")))
+    main(
+        __doc__, PACKAGES, METHODS, slow=("gptq (no order)", "gptq + search", "autoround", *centred)
+    )

@@ -182,4 +182,4 @@ METHODS: dict[str, Method] = {
 
 
 if __name__ == "__main__":
-    main(__doc__, PACKAGES, METHODS)
+    main(__doc__, PACKAGES, METHODS, slow=("gptq",))
