@@ -7,22 +7,19 @@ by hand and compared.
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
-
-from torch import fx
 
 from qcompiler.activations import channelwise
 from qcompiler.attention import attentions
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
-from qcompiler.formats import NAMED_BLOCKS, QFormat, Scheme
+from qcompiler.formats import QFormat, Scheme
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
+from qcompiler.schemes import FLOAT, fit, is_head, why_not
 from qcompiler.sites import Site, sites
-
-FLOAT = "float"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +49,12 @@ class Assign(Pass):
         rules = [_parse_rule(text) for text in self.exceptions]
         used: set[int] = set()
         for site in sites(edit.nodes):
-            if not site.node.meta["val"].is_floating_point() or not edit.is_weight(site.weight):
-                edit.skip(site.node, "its weight is computed from the input")
+            if (why := why_not(site, edit.is_weight)) is not None:
+                edit.skip(site.node, why)
                 continue
             number, (weight, activation) = self._choose(site, rules)
             used |= {number} if number is not None else set()
-            scheme = _fit(site, weight, activation)
+            scheme = fit(site, weight, activation)
             if scheme.weight is None and scheme.activation is None:
                 edit.skip(site.node, "stays in floating point, as the options say")
                 continue
@@ -95,7 +92,7 @@ class Assign(Pass):
                 return number, (weight, activation)
         if site.kind.x is None:
             return None, (self.embedding, FLOAT)
-        if self.head != "same" and _is_head(site.node):
+        if self.head != "same" and is_head(site.node):
             return None, (self.head, FLOAT if self.head == FLOAT else self.activation)
         return None, (self.weight, self.activation)
 
@@ -106,40 +103,3 @@ def _parse_rule(text: str) -> tuple[str, str, str]:
         raise BadInput(f"assign: an exception is pattern=weight[/activation]; found {text!r}")
     weight, _, activation = formats.partition("/")
     return pattern, weight, activation or FLOAT
-
-
-def _fit(site: Site, weight: str, activation: str) -> Scheme:
-    """The scheme in this site's shape: what `channel` and `token` are for a convolution."""
-    w = None if weight == FLOAT else QFormat.parse(weight)
-    a = None if activation == FLOAT or site.kind.x is None else QFormat.parse(activation)
-    if w is not None and w.symmetric and w.kind.one_sided:
-        raise BadInput(f"assign: {w.element} has no negative numbers, and a weight has; found {w}")
-    if w is not None and w.dynamic:
-        raise BadInput(f"assign: a weight has no dynamic scales; found {weight!r}")
-    if a is not None and (edge := site.input) is not None:
-        a = channelwise(edge, a)
-    if site.kind.name == "conv":
-        rank = site.weight.meta["val"].ndim
-        if w is not None and w.block is not None:
-            w = replace(w, block=(-1,) * (rank - 1))  # a convolution has no groups of inputs
-        if a is not None and a.block == NAMED_BLOCKS["token"]:
-            a = replace(a, block=(-1,) * (rank - 1))
-    return Scheme(w, a)
-
-
-def _is_head(node: fx.Node) -> bool:
-    """Whether every path from `node` to an output meets no other site."""
-    from qcompiler.sites import site_of
-
-    waiting, seen = list(node.users), set()
-    reaches = False
-    while waiting:
-        current = waiting.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if site_of(current) is not None:
-            return False
-        reaches = reaches or current.op == "output"
-        waiting.extend(current.users)
-    return reaches

@@ -1,7 +1,8 @@
-"""Finding passes, roundings and backends by name: entry points, plus a table for a checkout.
+"""Finding what can be plugged in by name: entry points, plus a table for a checkout.
 
-A plug-in is a package with an entry point in `qcompiler.passes`, `qcompiler.roundings` or
-`qcompiler.backends`. One that fails to import is reported by name, and the others go on.
+A plug-in is a package with an entry point in `qcompiler.passes`, `qcompiler.roundings`,
+`qcompiler.metrics` or `qcompiler.backends`. One that fails to import is reported by name, and the
+others go on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from qcompiler.backend import Backend
 from qcompiler.errors import BackendError, BadInput, unknown
 from qcompiler.passbase import Pass
 from qcompiler.rounding.base import Rounding
+from qcompiler.sensitivity.base import Metric
 from qcompiler.spec import PassSpec, parse_pipeline
 
 BUILT_IN = {
@@ -54,6 +56,17 @@ BUILT_IN = {
         "signround": "qcompiler.rounding.signround:SignRound",
         "spqr": "qcompiler.rounding.spqr:SpQR",
     },
+    "qcompiler.metrics": {
+        "divergence": "qcompiler.sensitivity.outputs:Divergence",
+        "eigenvalue": "qcompiler.sensitivity.curvature:Eigenvalue",
+        "error": "qcompiler.sensitivity.outputs:Error",
+        "fisher": "qcompiler.sensitivity.gradients:Fisher",
+        "gauss_newton": "qcompiler.sensitivity.gauss_newton:GaussNewton",
+        "hessian": "qcompiler.sensitivity.curvature:Hessian",
+        "layer": "qcompiler.sensitivity.layers:LayerImportance",
+        "salience": "qcompiler.sensitivity.layers:Salience",
+        "taylor": "qcompiler.sensitivity.gradients:Taylor",
+    },
     "qcompiler.backends": {
         "cpu": "qcompiler.backends.cpu:CpuBackend",
         "null": "qcompiler.backends.null:NullBackend",
@@ -64,7 +77,7 @@ BUILT_IN = {
 }
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=4)
 def table(group: str) -> dict[str, str]:
     """Name → `module:attribute`, ours and everybody's. Two providers of one name are an error."""
     found = dict(BUILT_IN[group])
@@ -88,10 +101,8 @@ def get_pass(name: str) -> type[Pass]:
 
 def get_rounding(text: str) -> Rounding:
     """The rounding that `text` names, with its options: `gptq`, `gptq{damping=0.05}`."""
-    specs = parse_pipeline(text)
-    if len(specs) != 1:
-        raise BadInput(f"one rounding is wanted; found {text!r}")
-    return rounding_class(specs[0].name).make(specs[0].options)
+    spec = _one(text, "rounding")
+    return rounding_class(spec.name).make(spec.options)
 
 
 def rounding_class(name: str) -> type[Rounding]:
@@ -100,6 +111,27 @@ def rounding_class(name: str) -> type[Rounding]:
     if not isinstance(cls, type) or not issubclass(cls, Rounding):
         raise BadInput(f"rounding {name!r} is {cls!r}; expected a subclass of qcompiler.Rounding")
     return cls
+
+
+def get_metric(text: str) -> Metric:
+    """The metric that `text` names, with its options: `fisher`, `gauss_newton{by="token"}`."""
+    spec = _one(text, "metric")
+    return metric_class(spec.name).make(spec.options)
+
+
+def metric_class(name: str) -> type[Metric]:
+    """The class of the metric called `name`."""
+    cls = _load("qcompiler.metrics", "metric", name)
+    if not isinstance(cls, type) or not issubclass(cls, Metric):
+        raise BadInput(f"metric {name!r} is {cls!r}; expected a subclass of qcompiler.Metric")
+    return cls
+
+
+def _one(text: str, what: str) -> PassSpec:
+    specs = parse_pipeline(text)
+    if len(specs) != 1:
+        raise BadInput(f"one {what} is wanted; found {text!r}")
+    return specs[0]
 
 
 def backend_class(name: str) -> type[Backend]:
