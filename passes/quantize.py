@@ -15,8 +15,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qcompiler.activations import InputRounding
-from qcompiler.attention import attentions, spell_out
+from qcompiler.activations import InputRounding, Rounder
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
@@ -26,14 +25,11 @@ from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.registry import get_rounding
 from qcompiler.rounding.bias import bias_correction
-from qcompiler.sites import Edge, Site, sites
+from qcompiler.sites import Site, sites
 from qcompiler.state import Solved, remarks
 from qcompiler.stored import write
 
 aten = torch.ops.aten
-qc = torch.ops.qc
-Known = dict[tuple[fx.Node, QFormat], fx.Node]
-"""(value, format) → the node that rounds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +77,8 @@ class Quantize(Pass):
             raise BadInput("quantize: the plan is empty; put `assign` before it")
         rounding = get_rounding(self.rounding)
         solved = facts.solve(rounding, self._with_rounded_inputs(facts))
-        weights: Known = {}
-        inputs: Known = {}
+        weights: dict[tuple[fx.Node, QFormat], fx.Node] = {}
+        inputs = Rounder(self._inputs, edit, facts)
         for site in sites(edit.nodes):
             scheme = plan.get(site.id)
             if scheme is None:
@@ -103,9 +99,8 @@ class Quantize(Pass):
                 if self.bias_correction and site.kind.bias is not None:
                     _correct(edit, facts, site, solved[site.id])
                 edit.rewire(site.node, site.kind.weight, weights[key])
-            if scheme.activation and (edge := site.input) is not None:
-                self._round(edit, facts, edge, scheme.activation, inputs)
-        self._attention(edit, facts, inputs)
+            inputs.input(site, scheme)
+        inputs.attention()
         for text in remarks(solved, "gram" in rounding.needed()):
             edit.note(text)
 
@@ -113,36 +108,11 @@ class Quantize(Pass):
         """The program as its weights will see it."""
         scratch = Edit(facts.program, self.name)
         scratch.spend("activations as the plan says")
-        inputs: Known = {}
+        inputs = Rounder(self._inputs, scratch, facts)
         for site in sites(scratch.nodes):
-            scheme = scratch.plan.get(site.id)
-            if scheme and scheme.activation and (edge := site.input) is not None:
-                self._round(scratch, facts, edge, scheme.activation, inputs)
-        self._attention(scratch, facts, inputs)
+            inputs.input(site, scratch.plan.get(site.id, Scheme()))
+        inputs.attention()
         return scratch.seal()[0]
-
-    def _attention(self, edit: Edit, facts: Facts, known: Known) -> None:
-        """Round keys, values and probabilities as the plan says."""
-        for found in attentions(list(edit.nodes)):
-            scheme = edit.plan.get(found.id, Scheme())
-            if not scheme.attention:
-                continue
-            edit.spend(f"computed as the plan says: {scheme}", found.node)
-            for part in ("key", "value"):
-                if part in scheme.attention:
-                    self._round(edit, facts, found.edge(part), scheme.attention[part], known)
-            if scheme.probabilities is not None:
-                plain = spell_out(edit, found)
-                text = str(scheme.probabilities)
-                rounded = edit.call(qc.fake_quantize.default, plain, text, like=plain)
-                edit.replace(plain, rounded)
-
-    def _round(self, edit: Edit, facts: Facts, edge: Edge, fmt: QFormat, known: Known) -> None:
-        """Have the reader of `edge` read it rounded, by one node for all that read it so."""
-        key = (edge.x, fmt)
-        if key not in known:
-            known[key] = self._inputs.write(edit, facts, edge, fmt)
-        edit.rewire(edge.reader, edge.index, known[key])
 
 
 def _weight(edit: Edit, site: Site, solved: Solved) -> fx.Node:

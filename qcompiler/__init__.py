@@ -21,6 +21,7 @@ from qcompiler.recipe import load_recipe
 from qcompiler.rounding import Rounding
 from qcompiler.spaces import find as spaces
 from qcompiler.spaces.verify import verify
+from qcompiler.tagged import Tagged
 from qcompiler.version import __version__
 
 del _ops
@@ -45,6 +46,7 @@ __all__ = [
     "Scheme",
     "Step",
     "Tag",
+    "Tagged",
     "__version__",
     "capture",
     "compile",

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from qcompiler.attention import attentions, spell_out
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput, unknown
 from qcompiler.facts import Facts
-from qcompiler.formats import NAMED_BLOCKS, Grid, QFormat
+from qcompiler.formats import NAMED_BLOCKS, Grid, QFormat, Scheme
 from qcompiler.program import shape_of
 from qcompiler.ranges import RANGES
-from qcompiler.sites import Edge
+from qcompiler.sites import Edge, Site
 
 aten = torch.ops.aten
 qc = torch.ops.qc
@@ -92,6 +93,41 @@ class InputRounding:
         scale = edit.call(aten.mul.Tensor, token, param, like=like)
         each = replace(fmt, block=(1,), dynamic=False)
         return edit.call(qc.fake_quantize.default, x, str(each), scale, None, like=like)
+
+
+class Rounder:
+    """Has nodes of `edit` read rounded activations; what is read alike is rounded once."""
+
+    def __init__(self, how: InputRounding, edit: Edit, facts: Facts) -> None:
+        self._how, self._edit, self._facts = how, edit, facts
+        self._known: dict[tuple[fx.Node, QFormat], fx.Node] = {}
+
+    def input(self, site: Site, scheme: Scheme) -> None:
+        """Round the input of a site as its scheme says."""
+        if scheme.activation and (edge := site.input) is not None:
+            self._round(edge, scheme.activation)
+
+    def attention(self) -> None:
+        """Round keys, values and probabilities as the plan says."""
+        edit = self._edit
+        for found in attentions(list(edit.nodes)):
+            scheme = edit.plan.get(found.id, Scheme())
+            if not scheme.attention:
+                continue
+            edit.spend(f"computed as the plan says: {scheme}", found.node)
+            for part in ("key", "value"):
+                if part in scheme.attention:
+                    self._round(found.edge(part), scheme.attention[part])
+            if scheme.probabilities is not None:
+                plain = spell_out(edit, found)
+                text = str(scheme.probabilities)
+                edit.replace(plain, edit.call(qc.fake_quantize.default, plain, text, like=plain))
+
+    def _round(self, edge: Edge, fmt: QFormat) -> None:
+        key = (edge.x, fmt)
+        if key not in self._known:
+            self._known[key] = self._how.write(self._edit, self._facts, edge, fmt)
+        self._edit.rewire(edge.reader, edge.index, self._known[key])
 
 
 def channelwise(edge: Edge, fmt: QFormat) -> QFormat:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from qcompiler.program import Program, Tag, is_tensor
-from qcompiler.run import param_value
+from qcompiler.run import last_readers, param_value
 from qcompiler.sites import Site, site_of
 
 MOST_SITES = 24
@@ -167,7 +167,7 @@ class Runner:
         self._weights: Mapping[fx.Node, Tensor] = {
             n: self._weight(program, n) for n in needed if n in program.weights
         }
-        self._last = _last_readers(block)
+        self._last = last_readers(block.nodes, block.alive)
 
     @staticmethod
     def _weight(program: Program, node: fx.Node) -> Tensor:
@@ -204,15 +204,3 @@ class Runner:
 def compute(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
     """What the operator of `node` makes of these arguments."""
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _last_readers(block: Block) -> Mapping[fx.Node, list[fx.Node]]:
-    """Node → what nobody reads after it."""
-    seen: set[fx.Node] = set(block.alive)
-    last: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(block.nodes):
-        for value in (node, *node.all_input_nodes):
-            if value not in seen and value.op != "placeholder":
-                last.setdefault(node, []).append(value)
-            seen.add(value)
-    return last

@@ -29,10 +29,11 @@ from qcompiler.show.account import Account
 from qcompiler.store import About, read, save
 from qcompiler.stored import bits_per_weight
 from qcompiler.synthetic import Tick, synthesize
+from qcompiler.tagged import Tagged, with_tag
 
 Batches = Iterable[object] | Literal["synthetic"]
-"""Calibration batches: each a tensor, a tuple of inputs, or a mapping of inputs. `synthetic` are
-made from the model itself (see `synthetic.py`)."""
+"""Calibration batches: each a tensor, a tuple of inputs, or a mapping of inputs, or one of these
+`Tagged`. `synthetic` are made from the model itself (see `synthetic.py`)."""
 MADE = "calibrated on data that were made from the model itself"
 
 
@@ -124,16 +125,11 @@ def compile(
         pipeline = chosen.passes()
     target = get_backend(backend) if isinstance(backend, str) else backend
     keep = None if work is None else Keep.open(Path(work))
-    batches = None if data is None or data == "synthetic" else _listed(data)
+    batches = data if data is None or data == "synthetic" else _listed(data)
     program, source, example = open_model(model, example_inputs, dynamic=dynamic)
     flat = _flatten(program, example, "example_inputs") if example is not None else None
-    feed = None
-    if data == "synthetic":
-        ready = synthesize(program, tick=_made(watch, len(pipeline)))
-    elif batches is not None:
-        ready = [_flatten(program, b, f"data batch {i}") for i, b in enumerate(batches)]
-    if data is not None:
-        feed = lambda: ready  # noqa: E731 (a name for a one-word function)
+    ready = calibration(program, batches, _made(watch, len(pipeline)))
+    feed = None if ready is None else lambda: ready
     quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch, keep=keep)
     compiled = finish(quantized, target, program, source, flat, watch)
     if keep is not None:
@@ -222,6 +218,17 @@ def check_artifact(
         )
 
 
+def calibration(
+    program: Program, data: Batches | None, tick: Tick = lambda done, total: None
+) -> Sequence[Flat | Tagged[Flat]] | None:
+    """Calibration batches as the program's flat inputs, made by the program itself if so asked."""
+    if data == "synthetic":
+        return synthesize(program, tick=tick)
+    if data is None:
+        return None
+    return [_ready(program, b, f"data batch {i}") for i, b in enumerate(_listed(data))]
+
+
 def _made(watch: Watcher | None, passes: int) -> Tick:
     """Tell `watch` how far the making of data is."""
 
@@ -234,7 +241,7 @@ def _made(watch: Watcher | None, passes: int) -> Tick:
 
 def _listed(data: Iterable[object]) -> list[object]:
     """Batches as a list, so that several passes can go over a generator."""
-    if isinstance(data, Tensor | Mapping):
+    if isinstance(data, Tensor | Mapping | Tagged):
         raise BadInput("data is a sequence of batches; found one batch. Write data=[batch]")
     if isinstance(data, str):
         raise BadInput(f"data is a sequence of batches, or 'synthetic'; found {data!r}")
@@ -242,6 +249,14 @@ def _listed(data: Iterable[object]) -> list[object]:
     if not batches:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
     return batches
+
+
+def _ready(program: Program, batch: object, what: str) -> Flat | Tagged[Flat]:
+    """A batch with its inputs flat and checked, its tag as it was."""
+    if not isinstance(batch, Tagged):
+        return _flatten(program, batch, what)
+    flat = _flatten(program, batch.inputs, f"{what} {with_tag(batch.tag)}")
+    return Tagged(batch.tag, flat)
 
 
 def _flatten(program: Program, inputs: object, what: str) -> Flat:

@@ -1,8 +1,9 @@
-"""Calibration and evaluation data from files: text, `.npy`, `.safetensors`."""
+"""Calibration and evaluation data from files: text, `.npy`, `.safetensors`; a folder of tags."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +11,32 @@ from torch import Tensor
 
 from qcompiler.errors import BadInput
 from qcompiler.io import Signature
+from qcompiler.tagged import Tagged
 
 WINDOW = 256
 """Tokens of one window of text, unless the model takes fewer."""
 BATCH = 8
+
+
+def read_data(
+    path: Path, io: Signature, tokenizer: Path | None, limit: int | None = None
+) -> Sequence[object]:
+    """Batches of a file, or of a folder with one file for each tag, which its stem is.
+
+    Tags take turns, so that `limit` batches are as many of each, as far as it has them.
+    """
+    if not path.is_dir():
+        return read_batches(path, io, tokenizer, limit)
+    files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+    if not files:
+        raise BadInput(f"{path} holds no files; expected one (text, .npy, .safetensors) a tag")
+    if limit is not None and limit < len(files):
+        raise BadInput(
+            f"{path} holds {len(files)} tags; expected at least as many batches, found {limit}"
+        )
+    tags = [[Tagged(f.stem, b) for b in read_batches(f, io, tokenizer, limit)] for f in files]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*tags))
+    return [batch for batch in turns if batch is not None][:limit]
 
 
 def read_batches(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, fx
 
@@ -17,23 +18,20 @@ from qcompiler.errors import BadInput
 from qcompiler.fisher import fisher
 from qcompiler.formats import Scheme
 from qcompiler.keep import Keep
-from qcompiler.observers import Histogram, Range, Sample, Statistic
+from qcompiler.observers import Histogram, Range, Sample
 from qcompiler.program import Program, node_id
 from qcompiler.rounding.base import Rounding
 from qcompiler.run import evaluate, param_value
 from qcompiler.samples import Flat
+from qcompiler.seen import STATISTICS, Seen
 from qcompiler.sites import Edge, sites
 from qcompiler.state import Solved
+from qcompiler.tagged import Tagged, untag, with_tag
 from qcompiler.walk import Walk
 
 NEEDS = ("activations", "samples", "histograms", "batches", "fisher")
 """Facts that a pass may ask for and that take data: ranges, vectors, how often each number came,
 whole inputs, how much the outputs feel a change of a weight."""
-STATISTICS: Mapping[str, type[Statistic]] = {
-    "activations": Range,
-    "samples": Sample,
-    "histograms": Histogram,
-}
 EVERY = 5.0
 """Seconds between two times at which what was seen so far is written down."""
 
@@ -56,6 +54,9 @@ class Facts:
     """The calibration inputs themselves."""
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     """Site id → E (∂L/∂W)² of its weight by rows (see `fisher.py`)."""
+    by_tag: Mapping[str, Mapping[str, Range]] = field(default_factory=dict)
+    """Tag → site id → range of the site's input with that tag, the tag of untagged batches being
+    empty. Empty unless batches are tagged and the pass needs `activations`."""
     synthetic: bool = False
     """Calibrated on random inputs, because the user gave no data."""
     tick: Tick = lambda done, total: None
@@ -109,7 +110,7 @@ class Facts:
 
 def measure(
     program: Program,
-    data: Iterable[Flat],
+    data: Iterable[Flat | Tagged[Flat]],
     needs: Collection[str] = ("activations",),
     progress: Callable[[int], None] | None = None,
     keep: Keep | None = None,
@@ -120,44 +121,48 @@ def measure(
     last batch that was written down.
     """
     kinds = {need: kind for need, kind in STATISTICS.items() if need in needs}
-    name = "+".join(kinds)
-    found, done = _read(keep, name, kinds)
+    seen = Seen(kinds, keep)
     readers: dict[fx.Node, list[Edge]] = {}
     for edge in _edges(program):
         readers.setdefault(edge.x, []).append(edge)
     batches: list[Flat] = []
+    tags: set[str] = set()
 
-    def watch(node: fx.Node, value: object) -> None:
+    def look(node: fx.Node, value: object, tag: str) -> None:
         if node not in readers or not isinstance(value, Tensor):
             return
         for edge in readers[node]:
-            id = edge.name
             rows = value.detach().float().movedim(edge.channel, -1).flatten(0, -2)
             if not rows.numel():
                 continue
             if not bool(rows.isfinite().all()):
-                raise BadInput(f"calibration meets NaN or infinite values at the input of {id}")
-            for need, kind in kinds.items():
-                new, old = kind.of(rows), found[need].get(id)
-                found[need][id] = new if old is None else old.merge(new)
+                raise BadInput(
+                    f"calibration meets NaN or infinite values at the input of {edge.name}"
+                    + (f" {with_tag(tag)}" if tag else "")
+                )
+            seen.add(edge.name, tag, rows)
 
     count, written = 0, time.monotonic()
-    for count, inputs in enumerate(data, 1):
+    for count, batch in enumerate(data, 1):
+        tag, inputs = untag(batch)
+        tags.add(tag)
         if {"batches", "fisher"} & set(needs):
             batches.append(inputs)
-        if kinds and count > done:
-            evaluate(program, inputs, watch)
-            if keep is not None and time.monotonic() - written > EVERY:
-                _write(keep, name, found, count)
+        if kinds and count > seen.batches:
+            evaluate(program, inputs, partial(look, tag=tag))
+            seen.batches = count
+            if time.monotonic() - written > EVERY:
+                seen.write()
                 written = time.monotonic()
         if progress is not None:
             progress(count)
     if count == 0:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
-    if keep is not None and kinds and count > done:
-        _write(keep, name, found, count)
+    if kinds:
+        seen.write()
     felt = fisher(program, batches, progress) if "fisher" in needs else {}
-    return Facts(program, **found, batches=tuple(batches), fisher=felt)  # type: ignore[arg-type]
+    by_tag = seen.ranges() if tags != {""} else {}
+    return Facts(program, **seen.merged(), batches=tuple(batches), fisher=felt, by_tag=by_tag)  # type: ignore[arg-type]
 
 
 def _edges(program: Program) -> list[Edge]:
@@ -167,31 +172,3 @@ def _edges(program: Program) -> list[Edge]:
         parts = program.plan.get(attention.id, Scheme()).attention
         found += [attention.edge(part) for part in parts if part != "probabilities"]
     return found
-
-
-def _write(keep: Keep, name: str, found: Mapping[str, Mapping[str, Statistic]], count: int) -> None:
-    """What was seen of the first `count` batches."""
-    tensors = {
-        f"{need}|{id}|{key}": value
-        for need, by_id in found.items()
-        for id, statistic in by_id.items()
-        for key, value in statistic.state().items()
-    }
-    keep.save(name, tensors, count)
-
-
-def _read(
-    keep: Keep | None, name: str, kinds: Mapping[str, type[Statistic]]
-) -> tuple[dict[str, dict[str, Statistic]], int]:
-    """What a run before this one has seen, and of how many batches."""
-    found: dict[str, dict[str, Statistic]] = {need: {} for need in kinds}
-    kept = keep.load(name) if keep is not None and kinds else None
-    if kept is None:
-        return found, 0
-    states: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, value in kept[0].items():
-        need, id, name = key.split("|")
-        states.setdefault((need, id), {})[name] = value
-    for (need, id), state in states.items():
-        found[need][id] = kinds[need].restore(state)
-    return found, int(str(kept[1]))

@@ -7,9 +7,11 @@ what was seen so far can be written down and read again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +37,10 @@ class Statistic(ABC):
     @abstractmethod
     def merge(self, other: Self) -> Self:
         """What one would have seen of both."""
+
+    def as_of(self, count: int) -> Self:
+        """The same, as if it had been seen of `count` vectors."""
+        return dataclasses.replace(self, count=count)
 
     def state(self) -> dict[str, Tensor]:
         """All of it as tensors."""
@@ -151,6 +157,10 @@ class Histogram(Statistic):
     def merge(self, other: Histogram) -> Histogram:
         return Histogram(self.count + other.count, self.bins + other.bins)
 
+    def as_of(self, count: int) -> Histogram:
+        bins = self.bins if count == self.count else self.bins.double() * (count / self.count)
+        return Histogram(count, bins.round().long())
+
     def values(self) -> tuple[Tensor, Tensor]:
         """(middle of each bin that was met, how often), float64, rising."""
         met = self.bins.nonzero().flatten()
@@ -159,6 +169,15 @@ class Histogram(Statistic):
         middle = (first.double() + last.to(torch.int32).view(torch.float32).double()) / 2
         order = middle.argsort()
         return middle[order], self.bins[met].double()[order]
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+def evenly(parts: Sequence[S]) -> S:
+    """All of `parts` merged, each counting as much as the one that saw most."""
+    most = max(part.count for part in parts)
+    return functools.reduce(lambda a, b: a.merge(b), (part.as_of(most) for part in parts))
 
 
 def some(rows: Tensor, count: int) -> Tensor:

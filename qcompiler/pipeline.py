@@ -25,6 +25,7 @@ from qcompiler.order import check_order
 from qcompiler.passbase import Pass
 from qcompiler.program import Program, digest
 from qcompiler.samples import Flat, check_inputs, synthetic_data
+from qcompiler.tagged import Tagged, apart, untag
 from qcompiler.version import __version__
 
 
@@ -44,7 +45,7 @@ class Progress:
 
 
 Watcher = Callable[[Progress], None]
-Data = Callable[[], Iterable[Flat]]
+Data = Callable[[], Iterable[Flat | Tagged[Flat]]]
 """Makes a fresh iterator over calibration batches; called once for each pass that needs one."""
 
 
@@ -87,7 +88,7 @@ class _Feed:
         self._synthetic = data is None
         self._data = data or (lambda: synthetic_data(program.io))
         self._keep = keep
-        self._digest = _data_digest(self._data()) if keep is not None else ""
+        self._digest = data_digest(self._data()) if keep is not None else ""
 
     def facts(self, program: Program, step: Pass, tell: Callable[..., None]) -> Facts:
         """The facts that `step` needs of `program`."""
@@ -108,11 +109,12 @@ class _Feed:
         return replace(found, synthetic=self._synthetic, tick=tick, keep=keep)
 
 
-def _data_digest(data: Iterable[Flat]) -> str:
+def data_digest(data: Iterable[Flat | Tagged[Flat]]) -> str:
     """A name for the content of all batches."""
     hasher = hashlib.sha256()
     for batch in data:
-        for value in batch:
+        tag, inputs = untag(batch)
+        for value in (tag, *inputs):
             hasher.update((digest(value) if isinstance(value, Tensor) else repr(value)).encode())
     return hasher.hexdigest()
 
@@ -150,7 +152,7 @@ def _run_pass(
             + (f" ({reasons})" if reasons else "")
             + f"; take it out of the pipeline, or write {step.name}{{optional=true}}"
         )
-    notes = full.notes
+    notes = (*full.notes, *apart(facts.by_tag, program.plan))
     if facts.synthetic:
         notes = (*notes, "calibrated on random inputs; hand over data to see the real ranges")
     metrics = {"error": full.verdict.error, **full.verdict.metrics}

@@ -5,7 +5,7 @@ Values are freed behind their last reader, so the peak is what the graph itself 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Reversible
 
 import torch
 from torch import Tensor, fx
@@ -95,7 +95,7 @@ def _interpret(
 ) -> tuple[object, ...]:
     feed = iter(inputs)
     values: dict[fx.Node, object] = {}
-    last = _last_readers(program.graph)
+    last = last_readers(program.graph.nodes)
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "output":
@@ -113,13 +113,15 @@ def _interpret(
     raise AssertionError("a graph ends with its output node")
 
 
-def _last_readers(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:
-    """Node → values that nobody reads after it."""
-    seen: set[fx.Node] = set()
+def last_readers(
+    nodes: Reversible[fx.Node], alive: Collection[fx.Node] = ()
+) -> Mapping[fx.Node, list[fx.Node]]:
+    """Node → values that nobody reads after it: neither inputs, which others hold, nor `alive`."""
+    seen = set(alive)
     last: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(graph.nodes):
+    for node in reversed(nodes):
         for value in (node, *node.all_input_nodes):
-            if value not in seen and node.op != "output":
+            if value not in seen and value.op != "placeholder":
                 last.setdefault(node, []).append(value)
             seen.add(value)
     return last

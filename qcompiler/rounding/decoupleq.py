@@ -20,12 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcompiler.errors import BadInput
-from qcompiler.formats import Grid, QTensor
-from qcompiler.rounding.base import Layer, Need, Rounding, gram_of
+from qcompiler.formats import Grid, QFormat, QTensor
 from qcompiler.rounding.descent import descend
-from qcompiler.rounding.gptq import Factor, factor, gptq
-from qcompiler.rounding.nearest import nearest
+from qcompiler.rounding.gptq import Factor, gptq
+from qcompiler.rounding.scaled import Scaled
 from qcompiler.rounding.search import By, fit
 
 PASSES = 4
@@ -35,33 +33,20 @@ ENOUGH = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoupleQ(Rounding):
+class DecoupleQ(Scaled):
     """Integers and scales in turns, for the output's error."""
 
     name: ClassVar[str] = "decoupleq"
-    needs: ClassVar[tuple[Need, ...]] = ("gram",)
+    instead: ClassVar[str] = "quantease"
 
     turns: int = 10
     """Turns, at most."""
-    damping: float = 0.01
-    """Added to H's diagonal, in units of its mean."""
     search: By = "output"
     """How the first ranges are found, as in `search`."""
 
-    def layer(self, layer: Layer) -> QTensor:
-        fmt = layer.format
-        if fmt.is_codebook or fmt.unscaled:
-            raise BadInput(
-                f"decoupleq finds scales, and {fmt} of {layer.id} has none; use quantease"
-            )
-        gram, weight = gram_of(layer), layer.weight.float()
-        found = factor(gram, self.damping)
-        if found is None:
-            return nearest(weight, fmt)
-        damped = gram.clone()
-        damped.diagonal().add_(found.damping * gram.diagonal().mean())
+    def solve(self, weight: Tensor, fmt: QFormat, gram: Tensor, found: Factor) -> QTensor:
         grid = fit(weight, fmt, self.search, gram.diagonal())
-        return decouple(weight, damped, found, grid, self.turns)
+        return decouple(weight, found.damped(gram), found, grid, self.turns)
 
 
 def decouple(weight: Tensor, gram: Tensor, found: Factor, grid: Grid, turns: int) -> QTensor:

@@ -59,14 +59,10 @@ class Gptq(Rounding):
             raise BadInput("gptq: groups out of order have scales of before; write order=false")
 
     def layer(self, layer: Layer) -> QTensor:
-        gram = gram_of(layer)
-        found = factor(gram, self.damping, self.order)
+        found = definite(layer, self.damping, self.order)
         if found is None:
-            layer.notes.append("no damping makes its Gram matrix definite; rounded to nearest")
             return nearest(layer.weight, layer.format)
-        if found.damping != self.damping:
-            layer.notes.append(f"its Gram matrix is singular; damping {found.damping:g}")
-        fmt, importance = layer.format, gram.diagonal()
+        fmt, importance = layer.format, gram_of(layer).diagonal()
         if self.static:
             grid = fit(layer.weight, fmt, self.search, importance)
             return gptq(layer.weight, found, grid)
@@ -89,6 +85,22 @@ class Factor:
     """K_jk / K_jj where k < j, and 0, (in, in)."""
     damping: float
     """λ in units of the mean diagonal."""
+
+    def damped(self, gram: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """H + λ I of the H it was made of, columns in their own order."""
+        damped = gram.to(dtype, copy=True)
+        damped.diagonal().add_(self.damping * gram.diagonal().mean())
+        return damped
+
+
+def definite(layer: Layer, damping: float, order: bool = True) -> Factor | None:
+    """The triangle for a layer, which is told if it took more damping, or none was enough."""
+    found = factor(gram_of(layer), damping, order)
+    if found is None:
+        layer.notes.append("no damping makes its Gram matrix definite; rounded to nearest")
+    elif found.damping != damping:
+        layer.notes.append(f"its Gram matrix is singular; damping {found.damping:g}")
+    return found
 
 
 def factor(gram: Tensor, damping: float = 0.01, order: bool = True) -> Factor | None:

@@ -21,37 +21,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcompiler.errors import BadInput
 from qcompiler.formats import Grid, QFormat, QTensor
-from qcompiler.rounding.base import Layer, Need, Rounding, gram_of
 from qcompiler.rounding.folded import best_of, fold, round_folded, sides, with_range
-from qcompiler.rounding.gptq import factor, gptq
-from qcompiler.rounding.nearest import nearest
+from qcompiler.rounding.gptq import Factor, gptq
+from qcompiler.rounding.scaled import Scaled
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpQR(Rounding):
+class SpQR(Scaled):
     """GPTQ on scales that are fitted without each group's outliers."""
 
     name: ClassVar[str] = "spqr"
-    needs: ClassVar[tuple[Need, ...]] = ("gram",)
+    instead: ClassVar[str] = "gptq"
 
-    damping: float = 0.01
-    """Added to H's diagonal, in units of its mean."""
     outliers: int = 3
     """Weights that a group leaves out, at most."""
 
-    def layer(self, layer: Layer) -> QTensor:
-        fmt = layer.format
-        if fmt.is_codebook or fmt.unscaled:
-            raise BadInput(f"spqr finds scales, and {fmt} of {layer.id} has none; use gptq")
-        gram, weight = gram_of(layer), layer.weight.float()
-        found = factor(gram, self.damping)
-        if found is None:
-            return nearest(weight, fmt)
-        damped = gram.double()
-        damped.diagonal().add_(found.damping * gram.diagonal().mean())
-        importance = 1 / torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
+    def solve(self, weight: Tensor, fmt: QFormat, gram: Tensor, found: Factor) -> QTensor:
+        triangle = torch.linalg.cholesky(found.damped(gram, torch.float64))
+        importance = 1 / torch.cholesky_inverse(triangle).diagonal()
         return gptq(weight, found, leave_out(weight, fmt, importance.float(), self.outliers))
 
 

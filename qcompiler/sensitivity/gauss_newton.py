@@ -25,6 +25,7 @@ from qcompiler.sensitivity.base import Metric
 from qcompiler.sensitivity.scores import score
 from qcompiler.sensitivity.study import Study, rounded_input
 from qcompiler.sensitivity.traced import call, trace
+from qcompiler.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,9 @@ class GaussNewton(Metric):
         columns = []
         with torch.no_grad():
             for id, site in study.sites.items():
+                if self.roots and site.kind.name == "linear":
+                    columns += _by_gradient(study, site, seen.inputs[id], felt[id], size)
+                    continue
                 for scheme in study.candidates[id]:
                     x = seen.inputs.get(id)
                     moved = None if x is None else rounded_input(x, scheme.activation)
@@ -69,6 +73,29 @@ class GaussNewton(Metric):
             return rows.sum((1, 2)) * math.sqrt(size)
         inner = rows.sum(-1) if self.by == "token" else rows
         return inner.square().flatten(1).sum(1) * size
+
+
+def _by_gradient(study: Study, site: Site, x: Tensor, felt: Tensor, size: int) -> list[Tensor]:
+    """The same sums of a linear, by each sample's gradient Gᵀx of the weight, which is one product
+    for all schemes: ⟨G, Q(x) Q(W)ᵀ - x Wᵀ⟩ = ⟨Gᵀx, ΔW⟩ + ⟨GᵀΔx, Q(W)⟩."""
+    schemes = study.candidates[site.id]
+    moves = {s.activation: rounded_input(x, s.activation) - x for s in schemes if s.activation}
+    found = torch.zeros(len(schemes), size, dtype=torch.float64)
+    rows = felt.reshape(size, -1, felt.shape[-1]).float()
+    plain = x.reshape(size, -1, x.shape[-1]).float()
+    for sample in range(size):
+        gradient = rows[sample].T @ plain[sample]
+        moved = {
+            fmt: rows[sample].T @ change.reshape(plain.shape)[sample].float()
+            for fmt, change in moves.items()
+        }
+        for k, scheme in enumerate(schemes):
+            if scheme.weight is not None:
+                found[k, sample] += (gradient * study.change(site, scheme.weight)).sum()
+            if scheme.activation is not None:
+                weight = study.rounded(site, scheme.weight)
+                found[k, sample] += (moved[scheme.activation] * weight).sum()
+    return list(found * math.sqrt(size))
 
 
 def _samples(values: list[Tensor]) -> int:

@@ -88,6 +88,15 @@ def test_formats_without_scales_are_refused(name: str, fmt: str) -> None:
         get_rounding(name).layer(layer(fmt))
 
 
+@pytest.mark.parametrize("name", ["decoupleq", "spqr"])
+def test_singular_gram_matrices_are_told(name: str) -> None:
+    one = layer("int3:group32:asym", vectors=20)
+    get_rounding(f"{name}{{damping=0}}").layer(one)
+    assert one.notes and one.notes[0].startswith("its Gram matrix is singular; damping ")
+    with pytest.raises(BadInput, match=f"{name}: damping is 0 or more"):
+        get_rounding(f"{name}{{damping=-1}}")
+
+
 @pytest.mark.parametrize("fmt", ["int3:group16", "int3:group16:asym", "fp4_e2m1:group16"])
 def test_a_group_leaves_out_what_lowers_its_error(fmt: str) -> None:
     weight, parsed = layer(fmt).weight, QFormat.parse(fmt)
