@@ -37,7 +37,7 @@ class NullBackend(Backend):
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
         return None
 
-    def cost(self, site: Site, scheme: Scheme) -> float | None:
+    def cost(self, site: Site, scheme: Scheme, tokens: int) -> float | None:
         return 0.0
 
     def build(self, program: Program) -> Artifact:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -107,9 +107,15 @@ class Backend(ABC):
                 return None
         return f"{self.name} has no {site.kind.name} kernel for {scheme}"
 
-    def cost(self, site: Site, scheme: Scheme) -> float | None:
-        """Seconds of one run of the site, or None if the backend cannot tell."""
+    def cost(self, site: Site, scheme: Scheme, tokens: int) -> float | None:
+        """Seconds of one run of the site on `tokens` tokens, from a model or a table of data (for
+        samples of a convolution's); None: it is measured, through `lowering` and `build`."""
         return None
+
+    def agree(self, sites: Sequence[Site]) -> tuple[tuple[str, ...], ...]:
+        """Groups of ids among `sites` that must share a scheme on this target, because one kernel
+        serves them together, as it does packed queries, keys and values."""
+        return ()
 
     @classmethod
     def dialect(cls) -> type[Dialect] | None:

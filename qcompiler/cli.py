@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import qcompiler
 from qcompiler import pipeline
-from qcompiler.capture import Source, open_model
+from qcompiler.capture import open_model
 from qcompiler.cli_export import export
 from qcompiler.cli_lists import LISTS
-from qcompiler.compiled import Batches, Compiled, load
+from qcompiler.cli_plan import plan_
+from qcompiler.cli_shared import bar, calibration, progress, tokenizer_of
+from qcompiler.compiled import Compiled, load
 from qcompiler.compiled import compile as compile_model
 from qcompiler.console import as_json, err, out, print_json
 from qcompiler.data import read_batches
@@ -25,6 +24,7 @@ from qcompiler.diff import Diff, diff
 from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.evaluate import compare, perplexity, race
 from qcompiler.indices import check_indices
+from qcompiler.planning.file import read_plan
 from qcompiler.program import Program
 from qcompiler.recipe import DEFAULT, load_recipe
 from qcompiler.registry import get_backend, make_passes
@@ -68,9 +68,12 @@ def main() -> None:
 @click.option("-o", "--output", required=True, type=Path, help="Folder to write.")
 @click.option("--recipe", help=f"Recipe name or TOML file.  [default: {DEFAULT}]")
 @click.option("--passes", help="A pipeline as text, instead of a recipe.")
+@click.option("--plan", type=Path, help="A file of `qcompiler plan`, in place of `assign`.")
 @click.option("--backend", default="cpu", show_default=True)
 @click.option(
-    "--data", type=Path, help="Calibration data: text, .npy, .safetensors, or `synthetic`."
+    "--data",
+    type=Path,
+    help="Calibration data: text, .npy, .safetensors, a folder of them, one a tag, or `synthetic`.",
 )
 @click.option("--batches", default=16, show_default=True, help="Batches of it to use.")
 @click.option(
@@ -85,6 +88,7 @@ def compile_(
     output: Path,
     recipe: str | None,
     passes: str | None,
+    plan: Path | None,
     backend: str,
     data: Path | None,
     batches: int,
@@ -94,20 +98,19 @@ def compile_(
     """Compile MODEL (folder, .pt2, .onnx, module:factory) and write it to a folder."""
     if recipe and passes:
         raise BadInput("give --recipe or --passes, not both")
-    pipeline_ = make_passes(passes) if passes else load_recipe(recipe or DEFAULT).passes()
-    get_backend(backend)  # a misspelt name fails before minutes of work
-    feed: Batches | None = None
-    if data is not None and str(data) == "synthetic":
-        feed = "synthetic"
-    elif data is not None:
-        program, source, _ = open_model(model)
-        feed = read_batches(data, program.io, _tokenizer_of(source), batches)
+    if plan is not None:
+        read_plan(plan)
+    if passes or recipe or plan is None:  # a misspelt name fails before minutes of work
+        passes = passes or str(load_recipe(recipe or DEFAULT))
+        make_passes(passes)
+    get_backend(backend)
+    feed = calibration(model, data, batches)
     work = work or output.with_name(f"{output.name}.work")
     if work.is_dir() and not json_:
         err.print(f"going on from what a run before has left in {work}", highlight=False)
-    with _progress(json_) as watch:
+    with progress(json_) as watch:
         compiled = compile_model(
-            model, passes=pipeline_, backend=backend, data=feed, watch=watch, work=work
+            model, passes=passes, plan=plan, backend=backend, data=feed, watch=watch, work=work
         )
     compiled.save(output)
     if json_:
@@ -265,12 +268,12 @@ def eval_(artifact: Path, data: Path, metric: str, batches: int | None, json_: b
     saved = read(artifact)
     compiled = load(artifact)
     reference = _float_program(saved)
-    tokenizer = saved.tokenizer or _tokenizer_of(saved.about.source)
+    tokenizer = saved.tokenizer or tokenizer_of(saved.about.source)
     raw = read_batches(data, saved.program.io, tokenizer, batches)
     feed = [saved.program.io.flatten((), b) for b in raw]
     for number, batch in enumerate(feed):
         check_indices(saved.program, batch, f"{data}, batch {number}")
-    with _bar("evaluating", 2 * len(feed), json_) as tick:
+    with bar("evaluating", 2 * len(feed), json_) as tick:
         if metric == "perplexity":
             result = {
                 "perplexity": perplexity(compiled.artifact.run, feed, tick),
@@ -319,7 +322,7 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     )
 
 
-for command in (export, *LISTS):
+for command in (export, plan_, *LISTS):
     main.add_command(command)
 
 # --- helpers -----------------------------------------------------------------------------------
@@ -345,14 +348,6 @@ def _open_at(text: str) -> tuple[Account, int | None]:
     return account, int(step)
 
 
-def _tokenizer_of(source: Source) -> Path | None:
-    """The folder that holds the tokenizer: the model's own, or the one that a file lies in."""
-    if source.kind == "onnx":
-        folder = Path(source.place).parent
-        return folder if (folder / "tokenizer.json").is_file() else None
-    return Path(source.place) if source.kind == "folder" else None
-
-
 def _float_program(saved: Saved) -> Program:
     source = saved.about.source
     if source.kind in ("module", "exported"):
@@ -365,57 +360,6 @@ def _float_program(saved: Saved) -> Program:
         return open_model(source.place)[0]
     except BadInput as error:
         raise BadInput(f"the float model of {saved.folder} is gone: {error}") from error
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[pipeline.Progress], None]]:
-    """A bar over the passes, on a terminal only."""
-    if quiet or not err.is_terminal:
-        yield lambda _: None
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    ) as bar:
-        passes = bar.add_task("capturing", total=None)
-        inside = bar.add_task("", visible=False)
-        now = ""
-
-        def watch(p: pipeline.Progress) -> None:
-            nonlocal now
-            bar.update(
-                passes,
-                description=f"{p.name}: {p.doing}",
-                total=p.total,
-                completed=p.index + (p.doing == "done"),
-            )
-            if now != (now := f"  {p.name}, {p.doing}"):  # other work has another pace
-                bar.reset(inside, description=now, visible=p.of > 0)
-            if p.of:
-                bar.update(inside, total=p.of, completed=p.batch, visible=True)
-
-        yield watch
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar with the time left, on a terminal only."""
-    if quiet or not err.is_terminal:
-        yield lambda: None
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from qcompiler.console import as_json, out, print_json
 from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.formats import ALIASES, NAMED_BLOCKS, element_names
 from qcompiler.recipe import load_recipe, recipe_names
-from qcompiler.registry import get_backend, get_pass, rounding_class, table
+from qcompiler.registry import get_backend, get_pass, metric_class, rounding_class, table
 
 BLOCKS = [*NAMED_BLOCKS, "groupN", "blockNxM"]
 FORMATS = {
@@ -85,6 +85,31 @@ def roundings(json_: bool) -> None:
 
 @click.command()
 @as_json
+def metrics(json_: bool) -> None:
+    """List the metrics of sensitivity with their options (see `plan`)."""
+    rows: list[dict[str, object]] = []
+    for name in sorted(table("qcompiler.metrics")):
+        try:
+            cls = metric_class(name)
+        except BadInput as error:  # a broken plug-in is named, the others go on
+            rows.append({"name": name, "about": str(error), "options": {}})
+            continue
+        about = (cls.__doc__ or "").strip().partition("\n\n")[0]
+        options = {k: {"type": t, "default": d} for k, (t, d) in cls.options().items()}
+        rows.append({"name": name, "about": " ".join(about.split()), "options": options})
+    if json_:
+        return print_json({"metrics": rows})
+    shown = Table("metric", "what it is", "options")
+    for row in rows:
+        listed = row["options"]
+        assert isinstance(listed, dict)
+        words = " ".join(f"{k}={v['default']}" for k, v in listed.items())
+        shown.add_row(str(row["name"]), str(row["about"]), words)
+    return out.print(shown)
+
+
+@click.command()
+@as_json
 def recipes(json_: bool) -> None:
     """List the recipes that ship with qcompiler."""
     found = [load_recipe(name) for name in recipe_names()]
@@ -106,7 +131,7 @@ def formats(json_: bool) -> None:
         found = {"elements": elements, "blocks": BLOCKS, "aliases": ALIASES, "examples": FORMATS}
         return print_json(found)
     out.print(f"elements: {' '.join(elements)}\nblocks: {' '.join(BLOCKS)}")
-    out.print("words: asym dynamic full planes clip0.9 scale(fp16)")
+    out.print("words: asym dynamic full mirrored planes clip0.9 scale(fp16)")
     for text, what in [*FORMATS.items(), *ALIASES.items()]:
         out.print(f"  {text:26} {what}", markup=False)
     return None
@@ -136,4 +161,4 @@ def backends(json_: bool) -> None:
     return out.print(shown)
 
 
-LISTS = (passes_, roundings, recipes, formats, backends)
+LISTS = (passes_, roundings, metrics, recipes, formats, backends)

@@ -26,6 +26,7 @@ from qcompiler.recipe import DEFAULT, Recipe, load_recipe
 from qcompiler.registry import get_backend, make_passes
 from qcompiler.samples import Flat, check_inputs
 from qcompiler.show.account import Account
+from qcompiler.spec import PassSpec
 from qcompiler.store import About, read, save
 from qcompiler.stored import bits_per_weight
 from qcompiler.synthetic import Tick, synthesize
@@ -34,6 +35,8 @@ from qcompiler.tagged import Tagged, with_tag
 Batches = Iterable[object] | Literal["synthetic"]
 """Calibration batches: each a tensor, a tuple of inputs, or a mapping of inputs, or one of these
 `Tagged`. `synthetic` are made from the model itself (see `synthetic.py`)."""
+PLANNED = "canonicalize{{optional=true}},assign,quantize{{rounding={}}}"
+"""What is done with a plan unless the user says otherwise."""
 MADE = "calibrated on data that were made from the model itself"
 
 
@@ -102,6 +105,7 @@ def compile(
     *,
     recipe: str | Path | Recipe | None = None,
     passes: str | Sequence[Pass | str] | None = None,
+    plan: str | Path | None = None,
     backend: str | Backend = "cpu",
     data: Batches | None = None,
     dynamic: Dynamic = None,
@@ -112,18 +116,23 @@ def compile(
 
     Give a `recipe` (name or TOML file) or `passes` (text or a sequence); neither is
     `w8a8-dynamic-smooth`. `data` are batches for passes that calibrate; without them random inputs
-    serve and the step says so. `watch` is told about progress. `work` is a folder for what long
-    work has come to: a call that was killed, made again, goes on from there; it is removed at the
-    end.
+    serve and the step says so. `plan` is a file of `qcompiler plan`, or one written by hand: it
+    takes the place of the recipe's `assign`. `watch` is told about progress. `work` is a folder for
+    what long work has come to: a call that was killed, made again, goes on from there; it is
+    removed at the end.
     """
     if recipe is not None and passes is not None:
         raise BadInput("give a recipe or passes, not both")
+    if plan is not None and recipe is None and passes is None:
+        passes = PLANNED.format("nearest" if data is None else "gptq")
     if passes is not None:
         pipeline = make_passes(passes if isinstance(passes, str) else tuple(passes))
     else:
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT)
         pipeline = chosen.passes()
     target = get_backend(backend) if isinstance(backend, str) else backend
+    if plan is not None:
+        pipeline = with_plan(pipeline, Path(plan), target)
     keep = None if work is None else Keep.open(Path(work))
     batches = data if data is None or data == "synthetic" else _listed(data)
     program, source, example = open_model(model, example_inputs, dynamic=dynamic)
@@ -135,6 +144,16 @@ def compile(
     if keep is not None:
         keep.clear()
     return replace(compiled, notes=(*compiled.notes, MADE)) if data == "synthetic" else compiled
+
+
+def with_plan(passes: Sequence[Pass], file: Path, backend: Backend) -> tuple[Pass, ...]:
+    """`passes` with a plan in place of `assign`."""
+    if "assign" not in {p.name for p in passes}:
+        listed = ", ".join(p.name for p in passes)
+        raise BadInput(f"a plan takes the place of `assign`, which is not among {listed}")
+    options = {"file": str(file)} | ({"backend": backend.name} if backend.capabilities else {})
+    own = make_passes((PassSpec("use_plan", options),))
+    return tuple(q for p in passes for q in (own if p.name == "assign" else (p,)))
 
 
 def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:

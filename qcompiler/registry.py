@@ -21,11 +21,13 @@ from qcompiler.spec import PassSpec, parse_pipeline
 BUILT_IN = {
     "qcompiler.passes": {
         "adopt": "qcompiler.passes.adopt:Adopt",
+        "allocate": "qcompiler.passes.allocate:Allocate",
         "assign": "qcompiler.passes.assign:Assign",
         "canonicalize": "qcompiler.passes.canonicalize:Canonicalize",
         "fold": "qcompiler.passes.fold:Fold",
         "quantize": "qcompiler.passes.quantize:Quantize",
         "unquantize": "qcompiler.passes.unquantize:Unquantize",
+        "use_plan": "qcompiler.passes.use_plan:UsePlan",
         "untie": "qcompiler.passes.untie:Untie",
         "absorb_norms": "qcompiler.passes.absorb_norms:AbsorbNorms",
         "center": "qcompiler.passes.center:Center",

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "errors version hadamard layout",
-    "spec formats",
-    "options observers keep ops ranges",
+    "spec formats allocate",
+    "options observers keep ops ranges tagged seen",
     "io history program match",
     "diff edit run samples sites objective",
     "rounding",
@@ -21,6 +21,7 @@ LAYERS = (
     "walk",
     "facts check",
     "activations spaces trial",
+    "schemes sensitivity",
     "split learn",
     "passbase",
     "order",
@@ -29,9 +30,12 @@ LAYERS = (
     "recipe codec capture export",
     "show.account store",
     "compiled",
+    "costs",
+    "planning",
     "data evaluate show",
     "console",
-    "cli_export cli_lists",
+    "cli_export cli_lists cli_shared",
+    "cli_plan",
     "cli",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from qcompiler.backend import Artifact, Backend, Capability
-from qcompiler.backends.cpu.choose import seconds
 from qcompiler.backends.cpu.kernels import KERNELS, self_test
 from qcompiler.backends.cpu.lower import LowerEmbedding, LowerLinear
 from qcompiler.formats import Scheme
@@ -54,10 +53,6 @@ class CpuBackend(Backend):
                     return None
                 reasons.append(f"{kernel.name}: {reason}")
         return "; ".join(reasons) or super().refuses(site, scheme)
-
-    def cost(self, site: Site, scheme: Scheme) -> float | None:
-        times = seconds(site, scheme)
-        return min(times.values()) if times else None
 
     def lowering(self, exclude: frozenset[str] = frozenset()) -> tuple[Pass, ...]:
         left = tuple(sorted(exclude))

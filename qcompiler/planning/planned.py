@@ -1,0 +1,142 @@
+"""`Planned`: a plan with all that it was chosen from, and its reasons in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from qcompiler.allocate import Allocation, Problem
+from qcompiler.formats import Scheme
+from qcompiler.planning.file import Choice, PlanFile, scheme_texts
+from qcompiler.planning.question import Question
+from qcompiler.planning.units import Units, scheme_of
+from qcompiler.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What was asked, what was measured, what was chosen."""
+
+    question: Question
+    units: Units
+    sensitivity: Sensitivity
+    problem: Problem
+    allocation: Allocation
+    weights: int
+    """Numbers in the weights that may be rounded."""
+    whole: Mapping[str, float]
+    """What the float program costs, by the names of the problem's costs."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.allocation.totals["weight_bytes"] * 8 / self.weights
+
+    @property
+    def binding(self) -> list[str]:
+        """The budgets that keep a site from a better format."""
+        return [str(b) for b in self.question.budgets if b.key in self.allocation.binding]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Site id → what it was given, in the words of the question."""
+        return {
+            name: options[k]
+            for name, options, k in zip(
+                self.problem.units, self.problem.options, self.allocation.choice, strict=True
+            )
+        }
+
+    @property
+    def chosen(self) -> dict[str, Scheme]:
+        """Site id → its scheme."""
+        texts = self.texts
+        pairs = zip(self.units.sites, self.units.candidates, strict=True)
+        return {site.id: candidates[texts[site.id]] for site, candidates in pairs}
+
+    def uniform(self) -> dict[str, dict[str, float]]:
+        """Format → loss and costs if all sites had it; formats that a site cannot have are left
+        out."""
+        found = {}
+        for text in self.question.formats:
+            places = [self._place(i, text) for i in range(len(self.problem.units))]
+            if any(k is None for k in places):
+                continue
+            choice = tuple(k for k in places if k is not None)
+            totals = {name: self.problem.total(name, choice) for name in self.problem.costs}
+            found[text] = {"loss": self.problem.loss(choice), **totals}
+        return found
+
+    def _place(self, unit: int, text: str) -> int | None:
+        """The candidate that `text` comes to at a site, where another text may have come first."""
+        candidates = list(self.units.candidates[unit].values())
+        scheme = scheme_of(self.units.sites[unit], text)
+        return candidates.index(scheme) if scheme in candidates else None
+
+    def file(self) -> PlanFile:
+        """The plan as data."""
+        chosen, sizes = self.chosen, self.problem.costs["weight_bytes"]
+        choices = tuple(
+            Choice(
+                id,
+                *scheme_texts(chosen[id]),
+                why=self.why(i),
+                loss=self.problem.losses[i][k],
+                bytes=sizes[i][k],
+            )
+            for i, (id, k) in enumerate(
+                zip(self.problem.units, self.allocation.choice, strict=True)
+            )
+        )
+        about: dict[str, object] = {
+            "budgets": [str(b) for b in self.question.budgets],
+            "metric": self.sensitivity.metric,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": int(self.allocation.totals["bytes"]),
+            "predicted_loss": self.allocation.loss,
+            "binding": self.binding,
+        }
+        return PlanFile(choices, about)
+
+    def why(self, unit: int) -> str:
+        """What the choice at a site costs and saves beside its neighbours in size."""
+        k, options = self.allocation.choice[unit], self.problem.options[unit]
+        losses, sizes = self.problem.losses[unit], self.problem.costs["weight_bytes"][unit]
+        total, words = self.allocation.loss, []
+        smaller = [j for j in range(len(options)) if sizes[j] < sizes[k]]
+        larger = [j for j in range(len(options)) if sizes[j] > sizes[k]]
+        if smaller:
+            j = max(smaller, key=lambda j: sizes[j])
+            saved = losses[j] - losses[k]
+            words.append(
+                f"costs {size_text(sizes[k] - sizes[j])} more than {short(options[j])}, saves "
+                f"{_share(saved, total + saved)} of the total predicted loss"
+            )
+        if larger:
+            j = min(larger, key=lambda j: sizes[j])
+            words.append(
+                f"{short(options[j])} would cost {size_text(sizes[j] - sizes[k])} more and save "
+                f"{_share(losses[k] - losses[j], total)}"
+            )
+        return f"{short(options[k])}: {'; '.join(words) or 'the only candidate'}"
+
+    def with_note(self, note: str) -> Planned:
+        return replace(self, notes=(*self.notes, note))
+
+
+def size_text(count: float) -> str:
+    """`1.2 MB`, thousands as in files."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def short(text: str) -> str:
+    """A format without how its scales are stored."""
+    return text.replace(":scale(fp16)", "").replace(":mirrored", "")
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole if whole and math.isfinite(whole) else 0.0:.1%}"

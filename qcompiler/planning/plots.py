@@ -1,0 +1,42 @@
+"""Plots of a plan: the Pareto front, and bits by layer. Needs `pip install 'qcompiler[plot]'`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qcompiler.allocate import front
+from qcompiler.errors import BadInput
+from qcompiler.planning.planned import Planned, short
+
+POINTS = 24
+
+
+def plot_plan(planned: Planned, place: Path) -> None:
+    """Predicted loss over bits per weight, beside single formats; and what each site was given."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BadInput("plots need matplotlib: pip install 'qcompiler[plot]'") from error
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    curve, bars = figure.subplots(1, 2)
+    scale = 8 / planned.weights
+    points = [
+        (a.totals["weight_bytes"] * scale, a.loss)
+        for a in front(planned.problem, "weight_bytes", POINTS)
+        if a.loss > 0
+    ]
+    curve.plot(*zip(*points, strict=True), marker=".", label="mixed (Pareto front)")
+    for text, row in planned.uniform().items():
+        if row["loss"] > 0:
+            bits = row["weight_bytes"] * scale
+            curve.plot(bits, row["loss"], "x", color="tab:red")
+            curve.annotate(short(text), (bits, row["loss"]), fontsize=7)
+    curve.plot(planned.bits_per_weight, planned.allocation.loss, "*", ms=12, label="this plan")
+    curve.set(xlabel="bits per weight", ylabel="predicted loss", yscale="log")
+    curve.legend()
+    sizes, chosen = planned.problem.costs["weight_bytes"], planned.allocation.choice
+    numbers = [s.weight.meta["val"].numel() for s in planned.units.sites]
+    given = [8 * row[k] / n for row, k, n in zip(sizes, chosen, numbers, strict=True)]
+    bars.bar(range(len(given)), given)
+    bars.set(xlabel="site, in the graph's order", ylabel="bits per weight")
+    figure.savefig(place, dpi=150)

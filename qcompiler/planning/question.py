@@ -1,0 +1,49 @@
+"""What a plan is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qcompiler.allocate import Budget
+from qcompiler.costs import Workload
+from qcompiler.errors import BadInput
+from qcompiler.planning.units import FORMATS
+from qcompiler.registry import get_metric
+from qcompiler.sensitivity import Metric
+
+METRIC = "gauss_newton"
+TIMES = ("prefill", "decode", "latency")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Budgets or a target, and what is chosen from."""
+
+    budgets: tuple[Budget, ...] = ()
+    loss: float | None = None
+    """A target instead of budgets: the fewest bytes whose predicted loss is at most that."""
+    formats: tuple[str, ...] = FORMATS
+    """`weight` or `weight/activation`; `float` is one of them."""
+    metric: Metric = field(default_factory=lambda: get_metric(METRIC))
+    agree: tuple[str, ...] = ()
+    """`inputs`, `joins`, patterns of ids: what must be given the same (see `units.py`)."""
+    include: tuple[str, ...] = ()
+    """`head`, `embedding`: what may be rounded besides."""
+    pairs: bool = False
+    """Count what two sites cost together beyond the sum of both."""
+    workload: Workload = field(default_factory=Workload)
+    timed: bool = True
+    """Time the backend's kernels also where no budget is about time."""
+
+    def __post_init__(self) -> None:
+        if not self.budgets and self.loss is None:
+            raise BadInput("a plan needs a budget, as in 4.2bits, 60MB or 0.7x-latency")
+        if self.budgets and self.loss is not None:
+            raise BadInput("give budgets or a target for the loss, not both")
+        if self.loss is not None and not self.loss > 0:
+            raise BadInput(f"a target for the loss is above zero; found {self.loss}")
+
+    @property
+    def times(self) -> bool:
+        """Whether kernels are to be timed."""
+        return self.timed or any(b.cost in TIMES for b in self.budgets)

@@ -1,0 +1,328 @@
+"""Plans, from budgets to the file and from the file to the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler import BadInput, QFormat, Scheme
+from qcompiler.allocate import Budget
+from qcompiler.backend import Backend
+from qcompiler.cli import main
+from qcompiler.passes.allocate import Allocate
+from qcompiler.planning.front import plan
+from qcompiler.planning.planned import Planned
+from qcompiler.planning.question import Question
+from qcompiler.registry import get_metric, make_passes
+
+FORMATS = ("int2:group16:scale(fp16)", "int4:group16:scale(fp16)", "int8:channel")
+
+
+class Net(nn.Module):
+    """Two readers of one input, a chain behind them, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 8)
+        self.k.weight.data.mul_(0.02)  # what it is rounded to matters little
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.q(x) * torch.sigmoid(self.k(x))
+        return self.head(h + self.down(torch.relu(self.up(h))))
+
+
+def net() -> nn.Module:
+    return Net().eval()
+
+
+def data(count: int = 4) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(8, 32) for _ in range(count)]
+
+
+def question(*budgets: str, **options: object) -> Question:
+    given = {"formats": FORMATS, "timed": False} | options
+    return Question(tuple(Budget.parse(b) for b in budgets), **given)  # type: ignore[arg-type]
+
+
+def planned(tmp_path: Path, *budgets: str, batches: int = 4, **options: object) -> Planned:
+    return plan(
+        net(),
+        data(1)[0],
+        question=question(*budgets, **options),
+        data=data(batches),
+        backend="reference",
+        cache=tmp_path,
+    )
+
+
+def test_within_the_budget_and_below_every_uniform_one(tmp_path: Path) -> None:
+    found = planned(tmp_path, "5bits")
+    assert found.bits_per_weight <= 5 and found.allocation.optimal
+    assert set(found.chosen) == {f"{n}/linear#0" for n in ("q", "k", "up", "down")}
+    for row in found.uniform().values():
+        if row["weight_bytes"] <= found.allocation.totals["weight_bytes"]:
+            assert found.allocation.loss <= row["loss"]
+    assert set(found.uniform()) == set(FORMATS)
+    assert "% of the total predicted loss" in found.why(0)
+
+
+def test_several_budgets_hold_at_once(tmp_path: Path) -> None:
+    whole = planned(tmp_path, "8bits").allocation.totals
+    found = planned(tmp_path, "6bits", f"{whole['bytes'] - 900}B", "0.2x-bitops")
+    totals = found.allocation.totals
+    assert found.bits_per_weight <= 6 and totals["bytes"] <= whole["bytes"] - 900
+    assert totals["bitops"] <= 0.2 * found.whole["bitops"]
+
+
+def test_bytes_are_those_of_the_model(tmp_path: Path) -> None:
+    found = planned(tmp_path, "5bits")
+    found.file().write(tmp_path / "plan.toml")
+    compiled = qcompiler.compile(
+        net(), data(1)[0], plan=tmp_path / "plan.toml", backend="reference", data=data()
+    )
+    assert compiled.bytes == found.allocation.totals["bytes"]
+    assert compiled.bits_per_weight == pytest.approx(found.bits_per_weight)
+    assert dict(compiled.program.plan) == found.chosen
+    step = next(s for s in compiled.history if s.name == "use_plan")
+    assert {e.nodes[0]: e.why for e in step.edits} == {c.site: c.why for c in found.file().choices}
+
+
+def test_the_prediction_is_the_loss(tmp_path: Path) -> None:
+    """Of rounding to nearest, at few bits, on the data that it was measured on."""
+    found = planned(tmp_path, "5bits", metric=get_metric("divergence"))
+    found.file().write(tmp_path / "plan.toml")
+    passes = "canonicalize{optional=true},assign,quantize"
+    compiled = qcompiler.compile(
+        net(), data(1)[0], passes=passes, plan=tmp_path / "plan.toml", backend="reference"
+    )
+    x = torch.cat(data())
+    wanted, have = net()(x).detach(), compiled(x)
+    assert isinstance(have, Tensor)
+    loss = float((wanted - have).square().sum() / wanted.square().sum())
+    assert found.allocation.loss == pytest.approx(loss, rel=0.5)
+
+
+def test_another_budget_runs_nothing(tmp_path: Path) -> None:
+    first = planned(tmp_path, "5bits")
+    second = planned(tmp_path, "3.5bits")
+    assert first.sensitivity.batches > 0 and second.sensitivity.batches == 0
+    assert second.allocation.loss > first.allocation.loss
+    assert planned(tmp_path, "5bits", batches=5).sensitivity.batches > 0  # other data
+    assert planned(tmp_path, "5bits", formats=FORMATS[1:]).sensitivity.batches > 0
+
+
+def test_agreement(tmp_path: Path) -> None:
+    free = planned(tmp_path, "3.5bits").texts
+    assert len({free["q/linear#0"], free["k/linear#0"]}) == 2  # or the rest would say nothing
+    for agree in ("inputs", "[qk]/*"):
+        texts = planned(tmp_path, "3.5bits", agree=(agree,)).texts
+        assert texts["q/linear#0"] == texts["k/linear#0"]
+    joined = planned(tmp_path, "3.5bits", agree=("joins",))
+    assert (0, 3) not in joined.problem.groups  # q is gated before it is added
+    with pytest.raises(BadInput, match="matches no site"):
+        planned(tmp_path, "3.5bits", agree=("nothing*",))
+
+
+def test_tied_weights_are_one_choice(tmp_path: Path) -> None:
+    model = Net().eval()
+    model.k.weight = model.q.weight
+    found = plan(
+        model, data(1)[0], question=question("5bits"), data=data(), backend="reference",
+        cache=tmp_path,
+    )  # fmt: skip
+    assert found.texts["q/linear#0"] == found.texts["k/linear#0"]
+    assert found.weights == 32 * 32 + 2 * 32 * 64
+
+
+def test_activations_and_float(tmp_path: Path) -> None:
+    formats = ("int4:group16", "int8:channel/int8:token:dynamic", "float")
+    found = planned(tmp_path, "20bits", formats=formats)
+    assert set(found.texts.values()) <= set(formats) and "float" in found.texts.values()
+    found.file().write(tmp_path / "plan.toml")
+    compiled = qcompiler.compile(
+        net(), data(1)[0], plan=tmp_path / "plan.toml", backend="reference"
+    )
+    assert dict(compiled.program.plan) == {k: s for k, s in found.chosen.items() if s != Scheme()}
+
+
+def test_a_target_for_the_loss(tmp_path: Path) -> None:
+    best = planned(tmp_path, "8.5bits").allocation
+    found = planned(tmp_path, loss=20 * best.loss)
+    assert found.allocation.loss <= 20 * best.loss
+    assert found.allocation.totals["bytes"] < best.totals["bytes"]
+
+
+def test_pairs(tmp_path: Path) -> None:
+    plain = planned(tmp_path, "5bits")
+    found = planned(tmp_path, "5bits", pairs=True)
+    assert found.bits_per_weight <= 5
+    assert found.allocation.choice == plain.allocation.choice or found.allocation.loss > 0
+    with pytest.raises(BadInput, match="write --metric gauss_newton"):
+        planned(tmp_path, "5bits", pairs=True, metric=get_metric("error"))
+
+
+def test_a_pass_does_the_same(tmp_path: Path) -> None:
+    found = planned(tmp_path, "5bits")
+    allocate = Allocate(budgets=("5bits",), formats=FORMATS)
+    assert make_passes(str(allocate)) == (allocate,)
+    compiled = qcompiler.compile(
+        *(net(), data(1)[0]),
+        passes=["canonicalize{optional=true}", allocate, "quantize"],
+        backend="reference",
+        data=data(),
+    )
+    assert dict(compiled.program.plan) == found.chosen
+    step = next(s for s in compiled.history if s.name == "allocate")
+    assert [e.why for e in step.edits] == [found.why(i) for i in range(4)]
+
+
+class Picky(Backend):
+    """int8 alone, and q and k as one."""
+
+    name, summary = "picky", "for this test"
+
+    def refuses(self, site, scheme) -> str | None:
+        return None if str(scheme.weight) == "int8:channel" else "picky has int8 alone"
+
+    def agree(self, sites):
+        return (("q/linear#0", "k/linear#0"),)
+
+    def build(self, program):
+        raise NotImplementedError
+
+
+def test_formats_that_the_backend_has(tmp_path: Path) -> None:
+    found = plan(
+        net(), data(1)[0], question=question("9bits"), data=data(), backend=Picky(), cache=tmp_path
+    )
+    assert set(found.texts.values()) == {"int8:channel"}
+    assert any("picky has int8 alone" in note for note in found.notes)
+    assert found.problem.together()[0] == (0, 1)
+    asked = question("3bits", formats=FORMATS[:1])
+    with pytest.raises(BadInput, match="picky has int8 alone"):
+        plan(net(), data(1)[0], question=asked, data=data(), backend=Picky(), cache=tmp_path)
+
+
+def test_impossible_budgets_name_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"1bits is impossible here, 3bits is the near"):
+        planned(tmp_path, "1bits")
+    with pytest.raises(BadInput, match=r"0.01x-bytes is impossible here, 0\.\d+x-bytes .* 6bits"):
+        planned(tmp_path, "0.01x-bytes", "6bits")
+    for text in ("4.2", "4.2bit", "-3bits", "many"):
+        with pytest.raises(BadInput):
+            Budget.parse(text)
+    with pytest.raises(BadInput, match="needs a budget"):
+        question()
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net():\n    torch.manual_seed(0)\n"
+        "    layers = nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU()\n"
+        "    return nn.Sequential(*layers, nn.Linear(32, 4)).eval(), (torch.randn(8, 32),)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def run(*words: str, ok: bool = True) -> str:
+    result = CliRunner().invoke(main, list(words))
+    assert (result.exit_code == 0) == ok, result.output
+    return result.output
+
+
+PLAN = ("plan", "made:net", "--formats", ",".join(FORMATS), "--backend", "reference", "--no-time")
+
+
+def test_the_command(place: Path) -> None:
+    found = json.loads(run(*PLAN, "--budget", "5bits", "-o", "plan.toml", "--json"))
+    wanted = {"bits_per_weight", "bytes", "predicted_loss", "uniform", "binding", "choices"}
+    assert wanted <= set(found)
+    assert found["binding"] == ["5bits"] and found["bits_per_weight"] <= 5
+    raw = tomllib.loads((place / "plan.toml").read_text())
+    assert {c["site"]: c["weight"] for c in raw["choice"]} == found["choices"]
+    again = json.loads(run(*PLAN, "--budget", "4.5bits", "-o", "other.toml", "--json"))
+    assert found["batches_run"] > 0 and again["batches_run"] == 0
+    made = run("compile", "made:net", "--plan", "plan.toml", "-o", "out", "--backend", "reference",
+               "--json")  # fmt: skip
+    assert json.loads(made)["bits_per_weight"] == pytest.approx(found["bits_per_weight"])
+    assert found["why"]["0/linear#0"] in run("diff", "out", "--why", "0/linear#0")
+
+
+def test_a_plan_edited_by_hand(place: Path) -> None:
+    (place / "plan.toml").write_text(
+        '[[choice]]\nsite = "0/linear#0"\nweight = "int4:group16"\nwhy = "because I say so"\n'
+    )
+    run("compile", "made:net", "--plan", "plan.toml", "-o", "out", "--backend", "reference")
+    compiled = qcompiler.load("out")
+    assert dict(compiled.program.plan) == {"0/linear#0": Scheme(QFormat.parse("int4:group16"))}
+    assert "because I say so" in run("diff", "out", "--why", "0/linear#0")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[[choice]]\nsite = "0/linear#7"\n', "choice 1.*did you mean '0/linear#0'"),
+        ('[[choice]]\nsite = "0/linear#0"\nweigth = "int4"\n', "did you mean 'weight'"),
+        ('[[choice]]\nsite = "0/linear#0"\nweight = "int4:grup16"\n', "choice 1, 0/linear#0"),
+        ('[[choice]]\nsite = "0/linear#0"\nweight = 4\n', "weight is no str: 4"),
+        ('[[choice]]\nweight = "int4:channel"\n', "choice 1 names no site"),
+        ('[[choice]]\nsite = "0/linear#0"\n[[choice]]\nsite = "0/linear#0"\n', "chosen for above"),
+        ("budgets = 3\n", "has no .*choice"),
+        ("[[choice\n", "is no TOML"),
+        (None, "no plan at plan.toml"),
+    ],
+)
+def test_bad_plans(place: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (place / "plan.toml").write_text(text)
+    said = run("compile", "made:net", "--plan", "plan.toml", "-o", "out", ok=False)
+    assert re.search(words, " ".join(said.split())), said
+    assert not (place / "out").exists()
+
+
+def test_a_format_that_the_backend_refuses(place: Path) -> None:
+    (place / "plan.toml").write_text('[[choice]]\nsite = "0/linear#0"\nweight = "nf4:group16"\n')
+    said = " ".join(
+        run(
+            *("compile", "made:net", "--plan", "plan.toml", "-o", "out"),
+            *("--backend", "onnxruntime"),
+            ok=False,
+        ).split()
+    )
+    assert "choice 1, 0/linear#0: onnxruntime has no linear kernel for weight=nf4:group16" in said
+    assert "int[2-4]" in said
+
+
+def test_a_recipe_without_a_place_for_it(place: Path) -> None:
+    (place / "plan.toml").write_text('[[choice]]\nsite = "0/linear#0"\nweight = "int4:channel"\n')
+    said = run(
+        *("compile", "made:net", "--plan", "plan.toml", "-o", "out"),
+        *("--passes", "canonicalize{optional=true},quantize"),
+        ok=False,
+    )
+    assert "takes the place of `assign`" in " ".join(said.split())
+
+
+def test_a_plot(place: Path) -> None:
+    run(*PLAN, "--budget", "5bits", "-o", "plan.toml", "--plot", "plan.png")
+    assert (place / "plan.png").read_bytes().startswith(b"\x89PNG")
