@@ -40,6 +40,7 @@ BUILT_IN = {
         "shift": "qcompiler.passes.shift:Shift",
         "smooth": "qcompiler.passes.smooth:Smooth",
         "split_channels": "qcompiler.passes.split_channels:SplitChannels",
+        "split_groups": "qcompiler.passes.split_groups:SplitGroups",
         "split_low_rank": "qcompiler.passes.split_low_rank:SplitLowRank",
         "split_outliers": "qcompiler.passes.split_outliers:SplitOutliers",
         "split_sparse": "qcompiler.passes.split_sparse:SplitSparse",

@@ -30,6 +30,15 @@ def vectors(site: Site, x: Tensor) -> Tensor:
     return patches.permute(0, 1, 3, 2).reshape(-1, width // at.groups)
 
 
+def freedom(rows: Tensor, damping: float = 0.01) -> Tensor:
+    """[H⁻¹]_jj of H = XᵀX/n + λ I for vectors X (n, in): how far input j can be made up for by the
+    others. Float64; λ is `damping` times the mean diagonal."""
+    wide = rows.double()
+    gram = wide.T @ wide / max(len(wide), 1)
+    gram.diagonal().add_(damping * float(gram.diagonal().mean()) + 1e-12)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
+
+
 class _Window(NamedTuple):
     kernel: tuple[int, ...]
     stride: tuple[int, ...]

@@ -24,10 +24,7 @@ from qcompiler.samples import Flat
 from qcompiler.sensitivity.base import Metric
 from qcompiler.sensitivity.study import Study
 from qcompiler.sensitivity.traced import trace
-from qcompiler.vectors import vectors
-
-DAMPING = 0.01
-"""λ in units of the mean diagonal of XᵀX."""
+from qcompiler.vectors import freedom, vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +87,7 @@ class Salience(Metric):
         seen = trace(study, batch)
         columns = []
         for id, site in study.sites.items():
-            free = None
-            if id in seen.inputs:
-                rows = vectors(site, seen.inputs[id]).double()
-                gram = rows.T @ rows / len(rows)
-                gram.diagonal().add_(DAMPING * float(gram.diagonal().mean()) + 1e-12)
-                free = torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
+            free = freedom(vectors(site, seen.inputs[id])) if id in seen.inputs else None
             for scheme in study.candidates[id]:
                 change = study.change(site, scheme.weight)
                 change = change.reshape(len(change), -1).double().square().sum(0)
