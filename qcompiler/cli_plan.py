@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.table import Table
@@ -44,6 +45,9 @@ MOST = 12
     "--include", multiple=True, type=click.Choice(["head", "embedding"]), help="Round these too."
 )
 @click.option("--pairs", is_flag=True, help="Count what two sites cost together.")
+@click.option(
+    "--solver", type=click.Choice(["exact", "greedy"]), default="exact", show_default=True
+)
 @click.option("--batch", default=1, show_default=True, help="Sequences at a time.")
 @click.option("--prefill", default=128, show_default=True, help="Tokens of a prompt.")
 @click.option("--no-decode", is_flag=True, help="The model is never run token by token.")
@@ -64,6 +68,7 @@ def plan_(
     agree: tuple[str, ...],
     include: tuple[str, ...],
     pairs: bool,
+    solver: Literal["exact", "greedy"],
     batch: int,
     prefill: int,
     no_decode: bool,
@@ -84,6 +89,7 @@ def plan_(
         agree=agree,
         include=include,
         pairs=pairs,
+        solver=solver,
         workload=Workload(batch, prefill, not no_decode),
         timed=not no_time,
     )

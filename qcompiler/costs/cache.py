@@ -58,11 +58,12 @@ class Cache:
 
     def put(self, key: str, value: object) -> None:
         """Write it down at once, beside what other processes wrote meanwhile."""
-        self._known = self._read() | self._known | {key: value}
+        self._known[key] = value
+        known = self._read() | self._known
         self._place.parent.mkdir(parents=True, exist_ok=True)
         beside = self._place.with_suffix(f".{os.getpid()}.part")
         try:
-            beside.write_text(json.dumps({"about": self._about, "known": self._known}, indent=1))
+            beside.write_text(json.dumps({"about": self._about, "known": known}, indent=1))
             os.replace(beside, self._place)
         finally:
             beside.unlink(missing_ok=True)

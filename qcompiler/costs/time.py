@@ -1,9 +1,10 @@
 """`Clock`: seconds of each site of a program under each scheme, measured on a backend.
 
 seconds(site, scheme) = seconds(site, float) · time(copies, scheme) / time(copies, float)
-seconds(program)      = rest + Σ seconds(site, scheme)       rest = program in float - Σ sites in float
+seconds(program)      = rest + Σ seconds(site, scheme)
+rest                  = seconds(program, float) - Σ seconds(site, float)
 
-Copies of a site are timed in turn with the float ones (`race.py`, `layers.py`), the float ones of
+Copies of a site are timed in turn with the float ones (`timing.py`, `layers.py`), the float ones of
 all sites in turn with the whole program, so that what the machine does besides cancels.
 """
 
@@ -21,7 +22,6 @@ from qcompiler.capture import capture
 from qcompiler.compiled import lower
 from qcompiler.costs.cache import Cache, cache_folder, environment
 from qcompiler.costs.layers import Bench, Layer, build, copies, copies_of, input_of, random_input
-from qcompiler.costs.race import floors
 from qcompiler.costs.workload import Phase, Workload
 from qcompiler.diff import fingerprint
 from qcompiler.errors import BackendError
@@ -31,6 +31,7 @@ from qcompiler.program import Program
 from qcompiler.run import evaluate
 from qcompiler.samples import Flat
 from qcompiler.sites import Site, sites
+from qcompiler.timing import floors
 
 FLOAT = Scheme()
 NOTHING = 1e-9
@@ -144,7 +145,7 @@ class Clock:
         return f"{self._layers[site.id]} on {shape}"
 
     def _float(self, phase: Phase) -> dict[str, float]:
-        """Seconds in floating point of the `program`, an empty `call`, and each layer by its key."""
+        """Seconds in floating point: of the `program`, an empty `call`, each layer by its key."""
         if phase not in self._floats:
             key = f"{fingerprint(self._program)} {phase} {self.workload}"
             found = self._cache.get(key)

@@ -14,7 +14,7 @@ from qcompiler.diff import fingerprint
 from qcompiler.keep import Keep
 from qcompiler.passbase import Pass
 from qcompiler.pipeline import Progress, Watcher, data_digest, run_pipeline
-from qcompiler.planning.make import make_plan
+from qcompiler.planning.make import Accept, make_plan
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.question import Question
 from qcompiler.registry import get_backend, make_passes
@@ -34,6 +34,7 @@ def plan(
     data: Batches | None = None,
     backend: str | Backend = "cpu",
     passes: str | Sequence[Pass | str] = BEFORE,
+    accept: Accept | None = None,
     dynamic: Dynamic = None,
     watch: Watcher | None = None,
     cache: str | Path | None = None,
@@ -42,7 +43,8 @@ def plan(
 
     `budgets` are texts such as `4.2bits`, `60MB`, `0.7x-latency`; a `question` says the rest
     (formats, metric, what must agree, …), `passes` what is done to the program before it is
-    measured, as rotations and scales are. Sensitivities are kept in `cache` (the user's cache
+    measured, as rotations and scales are. With `accept`, a function of the rounded program, it is
+    the smallest plan that this says yes to. Sensitivities are kept in `cache` (the user's cache
     folder unless told otherwise), so that another budget on the same model and data costs no run of
     the model, and a run that was killed goes on.
     """
@@ -63,6 +65,7 @@ def plan(
         [untag(b)[1] for b in batches],
         target,
         asked,
+        accept=accept,
         keep=kept.under(__version__, fingerprint(program), data_digest(batches)),
         tell=tell,
     )

@@ -11,12 +11,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from qcompiler.allocate import Allocation, Budget, Infeasible, Problem, cheapest, improve, solve
+from qcompiler.allocate import (
+    Allocation,
+    Budget,
+    Infeasible,
+    Problem,
+    bisect,
+    cheapest,
+    greedy,
+    improve,
+    solve,
+)
 from qcompiler.backend import Backend
 from qcompiler.costs import Clock
 from qcompiler.errors import BadInput
 from qcompiler.formats import Scheme
 from qcompiler.keep import Keep
+from qcompiler.planning.apply import rounded_program
 from qcompiler.planning.costs import Costs, buildable, costs, first_of_each_weight
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.question import Question
@@ -25,6 +36,7 @@ from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sensitivity import Sensitivity, Study, measure
 
+Accept = Callable[[Program], bool]
 Tell = Callable[[str, int, int], None]
 """(doing, done, of how many)"""
 
@@ -35,14 +47,20 @@ def make_plan(
     backend: Backend,
     question: Question,
     *,
+    accept: Accept | None = None,
     keep: Keep | None = None,
     tell: Tell = lambda doing, done, of: None,
 ) -> Planned:
     """The best assignment of formats within the budgets of `question`.
 
+    With `accept` it is the smallest that this says yes to, found by bisection: it is shown the
+    program, rounded to nearest as the plan says, and measures whatever it likes.
+
     `keep` is where sensitivities are kept: the same program, data, formats and metric again cost no
     run of the program, whatever the budgets.
     """
+    if not question.budgets and question.loss is None and accept is None:
+        raise BadInput("a plan needs a budget, as in 4.2bits, 60MB or 0.7x-latency")
     found = units(program, question.formats, backend, question.agree, question.include)
     clock = None
     if question.times:
@@ -83,14 +101,24 @@ def make_plan(
     if question.pairs:
         allocation = improve(problem, allocation, _pairs(found, sensitivity))
     notes = tuple(f"{text} is left out: {why}" for text, why in found.refused.items())
-    return Planned(question, found, sensitivity, problem, allocation, weights, price.whole, notes)
+    planned = Planned(
+        question, found, sensitivity, problem, allocation, weights, price.whole, notes
+    )
+    if accept is None:
+        return planned
+
+    def accepted(trial: Allocation) -> bool:
+        chosen = replace(planned, allocation=trial).chosen
+        return accept(rounded_program(program, chosen, batches))
+
+    return replace(planned, allocation=bisect(problem, "bytes", accepted))
 
 
 def _solve(question: Question, problem: Problem) -> Allocation:
     try:
         if question.loss is not None:
             return cheapest(problem, "bytes", question.loss)
-        return solve(problem)
+        return greedy(problem) if question.solver == "greedy" else solve(problem)
     except Infeasible as error:
         raise _impossible(question.budgets, error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qcompiler.allocate import Budget
 from qcompiler.costs import Workload
@@ -35,9 +36,10 @@ class Question:
     timed: bool = True
     """Time the backend's kernels also where no budget is about time."""
 
+    solver: Literal["exact", "greedy"] = "exact"
+    """The best of all assignments, or what a descent from the best formats comes to."""
+
     def __post_init__(self) -> None:
-        if not self.budgets and self.loss is None:
-            raise BadInput("a plan needs a budget, as in 4.2bits, 60MB or 0.7x-latency")
         if self.budgets and self.loss is not None:
             raise BadInput("give budgets or a target for the loss, not both")
         if self.loss is not None and not self.loss > 0:

@@ -13,11 +13,12 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import qcompiler
-from qcompiler import BadInput, QFormat, Scheme
+from qcompiler import BadInput, Program, QFormat, Scheme, capture
 from qcompiler.allocate import Budget
 from qcompiler.backend import Backend
 from qcompiler.cli import main
 from qcompiler.passes.allocate import Allocate
+from qcompiler.planning.apply import rounded_program
 from qcompiler.planning.front import plan
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.question import Question
@@ -164,6 +165,32 @@ def test_a_target_for_the_loss(tmp_path: Path) -> None:
     assert found.allocation.totals["bytes"] < best.totals["bytes"]
 
 
+def test_the_smallest_that_is_accepted(tmp_path: Path) -> None:
+    """By a measurement of the rounded program itself."""
+    x, model = torch.cat(data()), net()
+    wanted = model(x).detach()
+    seen: list[float] = []
+
+    def accept(program: Program) -> bool:
+        found = program(x)
+        assert isinstance(found, Tensor)
+        seen.append(float((found - wanted).square().sum() / wanted.square().sum()))
+        return seen[-1] <= 1e-4
+
+    found = plan(
+        model, data(1)[0], question=question(), data=data(), backend="reference",
+        cache=tmp_path, accept=accept,
+    )  # fmt: skip
+    assert 1 < len(seen) <= 10 and 3 < found.bits_per_weight < 9
+    assert accept(rounded_program(capture(model, data(1)[0]), found.chosen, [(x,)]))
+
+
+def test_greedy_is_no_better(tmp_path: Path) -> None:
+    greedy = planned(tmp_path, "4.2bits", solver="greedy").allocation
+    assert greedy.loss >= planned(tmp_path, "4.2bits").allocation.loss
+    assert not greedy.optimal
+
+
 def test_pairs(tmp_path: Path) -> None:
     plain = planned(tmp_path, "5bits")
     found = planned(tmp_path, "5bits", pairs=True)
@@ -224,7 +251,7 @@ def test_impossible_budgets_name_the_nearest(tmp_path: Path) -> None:
         with pytest.raises(BadInput):
             Budget.parse(text)
     with pytest.raises(BadInput, match="needs a budget"):
-        question()
+        planned(tmp_path)
 
 
 # --- the command line ------------------------------------------------------------------------

@@ -3,29 +3,39 @@
 Whatever interrupts a run makes it longer, never shorter, and often by several times: on a busy
 machine medians, and medians of ratios of runs in turn, are off by a factor of two or three, while
 the fastest runs repeat within a few percent. So contenders run in turn, each until the fastest has
-been seen three times. Time is that of the calling thread, which does not pass while others have the
-processor, unless some of the work is done elsewhere, so that even at best less of it passes than on
-the wall.
+been seen three times; a few runs in a row, so that each finds in cache what it has left there.
+Where a run never waits for another thread or a device, its time is that of the calling thread,
+which stands still while others have the processor.
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 PRECISION = 0.02
 """How near to each other the three fastest runs of a contender are when the race ends."""
 SECONDS = 0.4
 """For each contender, after which it ends anyhow."""
-LEAST, WARM = 7, 2
-"""Turns that count at least, and turns before them that do not."""
+LEAST = 3
+"""Turns at least."""
+ROW, ROW_SECONDS = 8, 0.01
+"""Runs in a row in each turn, unless so many seconds are over."""
 FASTEST = 3
-OWN = 0.95
-"""Part of the wall's time that is the thread's own, at best, where all work is done in it."""
 
-Sample = tuple[float, float]
-"""Seconds of (the thread, the wall)."""
+
+@dataclass(frozen=True)
+class Sample:
+    """One run."""
+
+    wall: float
+    thread: float
+    """Seconds of the calling thread."""
+    waited: bool
+    """Whether it gave the processor away by itself."""
 
 
 def floors(
@@ -36,28 +46,37 @@ def floors(
     """Seconds of each contender: the median of its three fastest runs."""
     samples: dict[str, list[Sample]] = {name: [] for name in contenders}
     start, turns = time.perf_counter(), 0
-    while turns < WARM + LEAST or not (
+    while turns < LEAST or not (
         time.perf_counter() - start > seconds * len(samples)
         or all(_settled(_fastest(found), precision) for found in samples.values())
     ):
         turns += 1
         for name, run in contenders.items():
-            sample = _sample(run)
-            if turns > WARM:
-                samples[name].append(sample)
+            begun = time.perf_counter()
+            for _ in range(ROW):
+                samples[name].append(_sample(run))
+                if time.perf_counter() - begun > ROW_SECONDS:
+                    break
     return {name: statistics.median(_fastest(found)) for name, found in samples.items()}
 
 
 def _sample(run: Callable[[], object]) -> Sample:
-    wall, own = time.perf_counter(), time.thread_time()
+    waits, wall, thread = _waits(), time.perf_counter(), time.thread_time()
     run()
-    return time.thread_time() - own, time.perf_counter() - wall
+    thread, wall = time.thread_time() - thread, time.perf_counter() - wall
+    return Sample(wall, thread, waits is None or _waits() != waits)
+
+
+def _waits() -> int | None:
+    """How often this thread waited by itself; None where the system does not tell."""
+    whose = getattr(resource, "RUSAGE_THREAD", None)
+    return None if whose is None else resource.getrusage(whose).ru_nvcsw
 
 
 def _fastest(samples: list[Sample]) -> list[float]:
     """Seconds of the fastest runs."""
-    alone = max(own / wall for own, wall in samples) >= OWN
-    return sorted(own if alone else wall for own, wall in samples)[:FASTEST]
+    alone = sum(s.waited for s in samples) < len(samples) / 2
+    return sorted(s.thread if alone else s.wall for s in samples)[:FASTEST]
 
 
 def _settled(times: list[float], precision: float) -> bool:
