@@ -16,9 +16,11 @@ from qcompiler.facts import Facts
 from qcompiler.formats import Grid, QFormat, QTensor, Scheme
 from qcompiler.history import Effect, Step
 from qcompiler.passbase import Pass
+from qcompiler.planning.front import plan
 from qcompiler.program import Program, Tag
 from qcompiler.recipe import load_recipe
 from qcompiler.rounding import Rounding
+from qcompiler.sensitivity import Metric
 from qcompiler.spaces import find as spaces
 from qcompiler.spaces.verify import verify
 from qcompiler.tagged import Tagged
@@ -36,6 +38,7 @@ __all__ = [
     "Effect",
     "Facts",
     "Grid",
+    "Metric",
     "Pass",
     "PassError",
     "Program",
@@ -53,6 +56,7 @@ __all__ = [
     "export_onnx",
     "load",
     "load_recipe",
+    "plan",
     "spaces",
     "verify",
 ]

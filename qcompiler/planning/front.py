@@ -11,6 +11,7 @@ from qcompiler.capture import Dynamic, Model, open_model
 from qcompiler.compiled import Batches, calibration
 from qcompiler.costs.cache import cache_folder
 from qcompiler.diff import fingerprint
+from qcompiler.errors import BadInput
 from qcompiler.keep import Keep
 from qcompiler.passbase import Pass
 from qcompiler.pipeline import Progress, Watcher, data_digest, run_pipeline
@@ -48,6 +49,8 @@ def plan(
     folder unless told otherwise), so that another budget on the same model and data costs no run of
     the model, and a run that was killed goes on.
     """
+    if question is not None and budgets:
+        raise BadInput("give budgets, or a question that holds them, not both")
     asked = question or Question(tuple(Budget.parse(b) for b in budgets))
     target = get_backend(backend) if isinstance(backend, str) else backend
     pipeline = make_passes(passes if isinstance(passes, str) else tuple(passes))
