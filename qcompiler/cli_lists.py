@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import TypeVar
 
 import click
 from rich.table import Table
@@ -10,6 +12,7 @@ from rich.table import Table
 from qcompiler.console import as_json, out, print_json
 from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.formats import ALIASES, NAMED_BLOCKS, element_names
+from qcompiler.options import Optioned
 from qcompiler.recipe import load_recipe, recipe_names
 from qcompiler.registry import get_backend, get_pass, metric_class, rounding_class, table
 
@@ -31,80 +34,60 @@ FORMATS = {
 @as_json
 def passes_(json_: bool) -> None:
     """List all passes with their options."""
-    rows: list[dict[str, object]] = []
-    for name in sorted(table("qcompiler.passes")):
-        try:
-            cls = get_pass(name)
-        except BadInput as error:  # a broken plug-in is named, the others go on
-            rows.append({"name": name, "error": str(error)})
-            continue
-        about = (cls.__doc__ or "").strip().splitlines()[0]
-        options = {k: {"type": t, "default": d} for k, (t, d) in cls.options().items()}
-        rows.append({"name": name, "effect": cls.effect.value, "about": about, "options": options})
-    if json_:
-        return print_json({"passes": rows})
-    shown = Table("pass", "effect", "what it does", "options")
-    for row in rows:
-        listed = row.get("options", {})
-        assert isinstance(listed, dict)
-        words = " ".join(f"{k}={v['default']}" for k, v in listed.items())
-        shown.add_row(
-            str(row["name"]),
-            str(row.get("effect", "")),
-            str(row.get("about", row.get("error"))),
-            words,
-        )
-    return out.print(shown)
+    rows = _rows("passes", get_pass, lambda cls: {"effect": cls.effect.value})
+    _show("passes", rows, ("pass", "effect", "what it does"), json_)
 
 
 @click.command()
 @as_json
 def roundings(json_: bool) -> None:
     """List the roundings with their options: how the codes of weights are found."""
-    rows: list[dict[str, object]] = []
-    for name in sorted(table("qcompiler.roundings")):
-        try:
-            cls = rounding_class(name)
-        except BadInput as error:  # a broken plug-in is named, the others go on
-            rows.append({"name": name, "about": str(error), "needs": [], "options": {}})
-            continue
-        about = (cls.__doc__ or "").strip().splitlines()[0]
-        options = {k: {"type": t, "default": d} for k, (t, d) in cls.options().items()}
-        needs = list(cls().needed())
-        rows.append({"name": name, "about": about, "needs": needs, "options": options})
-    if json_:
-        return print_json({"roundings": rows})
-    shown = Table("rounding", "needs", "what it does", "options")
-    for row in rows:
-        needed, listed = row["needs"], row["options"]
-        assert isinstance(needed, list) and isinstance(listed, dict)
-        words = " ".join(f"{k}={v['default']}" for k, v in listed.items())
-        shown.add_row(str(row["name"]), ", ".join(needed), str(row["about"]), words)
-    return out.print(shown)
+    rows = _rows("roundings", rounding_class, lambda cls: {"needs": list(cls().needed())})
+    _show("roundings", rows, ("rounding", "needs", "what it does"), json_)
 
 
 @click.command()
 @as_json
 def metrics(json_: bool) -> None:
     """List the metrics of sensitivity with their options (see `plan`)."""
+    _show("metrics", _rows("metrics", metric_class), ("metric", "what it is"), json_)
+
+
+Class = TypeVar("Class", bound=Optioned)
+
+
+def _rows(
+    group: str,
+    load: Callable[[str], type[Class]],
+    more: Callable[[type[Class]], dict[str, object]] = lambda cls: {},
+) -> list[dict[str, object]]:
+    """What is plugged in as a `group`, with `more` of each; a broken plug-in is named, the others
+    go on."""
     rows: list[dict[str, object]] = []
-    for name in sorted(table("qcompiler.metrics")):
+    for name in sorted(table(f"qcompiler.{group}")):
         try:
-            cls = metric_class(name)
-        except BadInput as error:  # a broken plug-in is named, the others go on
-            rows.append({"name": name, "about": str(error), "options": {}})
+            cls = load(name)
+        except BadInput as error:
+            rows.append({"name": name, "error": str(error)})
             continue
-        about = (cls.__doc__ or "").strip().partition("\n\n")[0]
+        about = " ".join((cls.__doc__ or "").strip().partition("\n\n")[0].split())
         options = {k: {"type": t, "default": d} for k, (t, d) in cls.options().items()}
-        rows.append({"name": name, "about": " ".join(about.split()), "options": options})
+        rows.append({"name": name, **more(cls), "about": about, "options": options})
+    return rows
+
+
+def _show(group: str, rows: list[dict[str, object]], columns: tuple[str, ...], json_: bool) -> None:
     if json_:
-        return print_json({"metrics": rows})
-    shown = Table("metric", "what it is", "options")
+        return print_json({group: rows})
+    shown = Table(*columns, "options")
     for row in rows:
-        listed = row["options"]
-        assert isinstance(listed, dict)
-        words = " ".join(f"{k}={v['default']}" for k, v in listed.items())
-        shown.add_row(str(row["name"]), str(row["about"]), words)
+        middle = next((v for k, v in row.items() if k in ("effect", "needs")), "")
+        words = ", ".join(middle) if isinstance(middle, list) else str(middle)
+        options = row.get("options", {})
+        assert isinstance(options, dict)
+        cells = [str(row["name"]), *([words] if len(columns) == 3 else [])]
+        listed = " ".join(f"{k}={v['default']}" for k, v in options.items())
+        shown.add_row(*cells, str(row.get("about", row.get("error"))), listed)
     return out.print(shown)
 
 

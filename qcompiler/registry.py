@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from importlib.metadata import entry_points
+from typing import TypeVar
 
 from qcompiler.backend import Backend
 from qcompiler.errors import BackendError, BadInput, unknown
@@ -96,10 +97,12 @@ def table(group: str) -> dict[str, str]:
 
 def get_pass(name: str) -> type[Pass]:
     """The class of the pass called `name`."""
-    cls = _load("qcompiler.passes", "pass", name)
-    if not isinstance(cls, type) or not issubclass(cls, Pass):
-        raise BadInput(f"pass {name!r} is {cls!r}; expected a subclass of qcompiler.Pass")
-    return cls
+    return _class("passes", name, Pass)
+
+
+def rounding_class(name: str) -> type[Rounding]:
+    """The class of the rounding called `name`."""
+    return _class("roundings", name, Rounding)
 
 
 def get_rounding(text: str) -> Rounding:
@@ -108,12 +111,9 @@ def get_rounding(text: str) -> Rounding:
     return rounding_class(spec.name).make(spec.options)
 
 
-def rounding_class(name: str) -> type[Rounding]:
-    """The class of the rounding called `name`."""
-    cls = _load("qcompiler.roundings", "rounding", name)
-    if not isinstance(cls, type) or not issubclass(cls, Rounding):
-        raise BadInput(f"rounding {name!r} is {cls!r}; expected a subclass of qcompiler.Rounding")
-    return cls
+def metric_class(name: str) -> type[Metric]:
+    """The class of the metric called `name`."""
+    return _class("metrics", name, Metric)
 
 
 def get_metric(text: str) -> Metric:
@@ -122,27 +122,9 @@ def get_metric(text: str) -> Metric:
     return metric_class(spec.name).make(spec.options)
 
 
-def metric_class(name: str) -> type[Metric]:
-    """The class of the metric called `name`."""
-    cls = _load("qcompiler.metrics", "metric", name)
-    if not isinstance(cls, type) or not issubclass(cls, Metric):
-        raise BadInput(f"metric {name!r} is {cls!r}; expected a subclass of qcompiler.Metric")
-    return cls
-
-
-def _one(text: str, what: str) -> PassSpec:
-    specs = parse_pipeline(text)
-    if len(specs) != 1:
-        raise BadInput(f"one {what} is wanted; found {text!r}")
-    return specs[0]
-
-
 def backend_class(name: str) -> type[Backend]:
     """The class of the backend called `name`, which may be of no use on this machine."""
-    cls = _load("qcompiler.backends", "backend", name)
-    if not isinstance(cls, type) or not issubclass(cls, Backend):
-        raise BadInput(f"backend {name!r} is {cls!r}; expected a subclass of qcompiler.Backend")
-    return cls
+    return _class("backends", name, Backend)
 
 
 def get_backend(name: str) -> Backend:
@@ -167,12 +149,28 @@ def make_passes(passes: str | tuple[Pass | str | PassSpec, ...] | list[Pass]) ->
     return tuple(made)
 
 
-def _load(group: str, what: str, name: str) -> object:
-    known = table(group)
+def _one(text: str, what: str) -> PassSpec:
+    specs = parse_pipeline(text)
+    if len(specs) != 1:
+        raise BadInput(f"one {what} is wanted; found {text!r}")
+    return specs[0]
+
+
+Base = TypeVar("Base")
+
+
+def _class(group: str, name: str, base: type[Base]) -> type[Base]:
+    """What is plugged in as `name`, which must be a `base`."""
+    known, what = table(f"qcompiler.{group}"), base.__name__.lower()
     if name not in known:
         raise unknown(what, name, known)
     module, _, attribute = known[name].partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise BadInput(f"{what} {name!r} ({known[name]}) fails to import: {error}") from error
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise BadInput(
+            f"{what} {name!r} is {cls!r}; expected a subclass of qcompiler.{base.__name__}"
+        )
+    return cls
