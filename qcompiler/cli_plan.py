@@ -44,7 +44,11 @@ MOST = 12
 @click.option(
     "--include", multiple=True, type=click.Choice(["head", "embedding"]), help="Round these too."
 )
-@click.option("--pairs", is_flag=True, help="Count what two sites cost together.")
+@click.option(
+    "--pairs/--no-pairs",
+    default=None,
+    help="Count what two sites cost together.  [default: where enough was drawn for it]",
+)
 @click.option(
     "--solver", type=click.Choice(["exact", "greedy"]), default="exact", show_default=True
 )
@@ -67,7 +71,7 @@ def plan_(
     passes: str,
     agree: tuple[str, ...],
     include: tuple[str, ...],
-    pairs: bool,
+    pairs: bool | None,
     solver: Literal["exact", "greedy"],
     batch: int,
     prefill: int,
@@ -115,13 +119,13 @@ def as_row(planned: Planned) -> dict[str, object]:
         "bits_per_weight": planned.bits_per_weight,
         "bytes": int(planned.allocation.totals["bytes"]),
         "predicted_loss": planned.allocation.loss,
-        "uniform": {text: row["loss"] for text, row in uniform.items()},
+        "uniform": {text: u.loss for text, u in uniform.items()},
         "binding": planned.binding,
         "choices": {c.site: c.scheme for c in planned.file().choices},
         "why": {c.site: c.why for c in planned.file().choices},
         "totals": dict(planned.allocation.totals),
         "float": dict(planned.whole),
-        "uniform_totals": uniform,
+        "uniform_totals": {text: dict(u.totals) for text, u in uniform.items()},
         "optimal": planned.allocation.optimal,
         "metric": planned.sensitivity.metric,
         "samples": planned.sensitivity.samples,
@@ -144,8 +148,8 @@ def _print(planned: Planned) -> None:
         table.rows[-1].style = style or ""
 
     row("this plan", dict(totals), planned.allocation.loss, "bold")
-    for text, costs in planned.uniform().items():
-        row(f"all {short(text)}", costs, costs["loss"])
+    for text, alone in planned.uniform().items():
+        row(f"all {short(text)}", dict(alone.totals), alone.loss)
     row("float", dict(whole), 0.0)
     out.print(table)
     out.print(f"what binds: {', '.join(planned.binding) or 'nothing'}")

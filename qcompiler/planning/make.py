@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from qcompiler.allocate import (
     Allocation,
     Budget,
@@ -29,13 +27,15 @@ from qcompiler.formats import Scheme
 from qcompiler.keep import Keep
 from qcompiler.planning.apply import rounded_program
 from qcompiler.planning.costs import Costs, buildable, costs, first_of_each_weight
-from qcompiler.planning.planned import Planned
+from qcompiler.planning.planned import Pairs, Planned
 from qcompiler.planning.question import Question
 from qcompiler.planning.units import Units, units
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sensitivity import Sensitivity, Study, measure
 
+DRAWS = 4
+"""Draws for each site, at least: from fewer, a search would find pairs that only seem to help."""
 Accept = Callable[[Program], bool]
 Tell = Callable[[str, int, int], None]
 """(doing, done, of how many)"""
@@ -98,11 +98,13 @@ def make_plan(
     )
     problem = replace(problem, losses=losses)
     allocation = _solve(question, problem)
-    if question.pairs:
-        allocation = improve(problem, allocation, _pairs(found, sensitivity))
+    within = question.loss is None and accept is None
+    pairs = _pairs(question, found, sensitivity) if within else {}
+    if pairs:
+        allocation = improve(problem, allocation, pairs)
     notes = tuple(f"{text} is left out: {why}" for text, why in found.refused.items())
     planned = Planned(
-        question, found, sensitivity, problem, allocation, weights, price.whole, notes
+        question, found, sensitivity, problem, allocation, pairs, weights, price.whole, notes
     )
     if accept is None:
         return planned
@@ -152,9 +154,14 @@ def _impossible(budgets: Sequence[Budget], error: Infeasible) -> BadInput:
     )
 
 
-def _pairs(found: Units, sensitivity: Sensitivity) -> dict[tuple[int, int], np.ndarray]:
+def _pairs(question: Question, found: Units, sensitivity: Sensitivity) -> Pairs:
     """Places of two sites → what each two of their candidates cost beyond the sum of both."""
+    enough = sensitivity.samples >= DRAWS * len(found.sites)
+    if question.pairs is False or (question.pairs is None and not enough):
+        return {}
     if sensitivity.pairs is None:
+        if question.pairs is None:
+            return {}
         raise BadInput(
             f"{sensitivity.metric} does not tell what two sites cost together; write "
             "--metric gauss_newton, or leave --pairs out"

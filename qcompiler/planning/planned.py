@@ -6,12 +6,27 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qcompiler.allocate import Allocation, Problem
 from qcompiler.formats import Scheme
 from qcompiler.planning.file import Choice, PlanFile, scheme_texts
 from qcompiler.planning.question import Question
 from qcompiler.planning.units import Units, scheme_of
 from qcompiler.sensitivity import Sensitivity
+
+Pairs = Mapping[tuple[int, int], NDArray[np.float64]]
+"""Places of two sites → (candidates of the first, candidates of the second)."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """One format everywhere."""
+
+    choice: tuple[int, ...]
+    loss: float
+    totals: Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +38,8 @@ class Planned:
     sensitivity: Sensitivity
     problem: Problem
     allocation: Allocation
+    pairs: Pairs
+    """What two sites cost beyond the sum of both, where that was counted; else empty."""
     weights: int
     """Numbers in the weights that may be rounded."""
     whole: Mapping[str, float]
@@ -55,8 +72,8 @@ class Planned:
         pairs = zip(self.units.sites, self.units.candidates, strict=True)
         return {site.id: candidates[texts[site.id]] for site, candidates in pairs}
 
-    def uniform(self) -> dict[str, dict[str, float]]:
-        """Format → loss and costs if all sites had it; formats that a site cannot have are left
+    def uniform(self) -> dict[str, Uniform]:
+        """Format → what it would be if all sites had it; formats that a site cannot have are left
         out."""
         found = {}
         for text in self.question.formats:
@@ -65,8 +82,13 @@ class Planned:
                 continue
             choice = tuple(k for k in places if k is not None)
             totals = {name: self.problem.total(name, choice) for name in self.problem.costs}
-            found[text] = {"loss": self.problem.loss(choice), **totals}
+            found[text] = Uniform(choice, self.loss(choice), totals)
         return found
+
+    def loss(self, choice: tuple[int, ...]) -> float:
+        """Predicted loss of any choice, pairs counted as in the plan's own."""
+        together = (float(m[choice[i], choice[j]]) for (i, j), m in self.pairs.items())
+        return math.fsum([self.problem.loss(choice), *together])
 
     def _place(self, unit: int, text: str) -> int | None:
         """The candidate that `text` comes to at a site, where another text may have come first."""

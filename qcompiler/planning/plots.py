@@ -21,16 +21,16 @@ def plot_plan(planned: Planned, place: Path) -> None:
     curve, bars = figure.subplots(1, 2)
     scale = 8 / planned.weights
     points = [
-        (a.totals["weight_bytes"] * scale, a.loss)
+        (a.totals["weight_bytes"] * scale, planned.loss(a.choice))
         for a in front(planned.problem, "weight_bytes", POINTS)
-        if a.loss > 0
     ]
+    points = [(bits, loss) for bits, loss in points if loss > 0]
     curve.plot(*zip(*points, strict=True), marker=".", label="mixed (Pareto front)")
-    for text, row in planned.uniform().items():
-        if row["loss"] > 0:
-            bits = row["weight_bytes"] * scale
-            curve.plot(bits, row["loss"], "x", color="tab:red")
-            curve.annotate(short(text), (bits, row["loss"]), fontsize=7)
+    for text, alone in planned.uniform().items():
+        if alone.loss > 0:
+            bits = alone.totals["weight_bytes"] * scale
+            curve.plot(bits, alone.loss, "x", color="tab:red")
+            curve.annotate(short(text), (bits, alone.loss), fontsize=7)
     curve.plot(planned.bits_per_weight, planned.allocation.loss, "*", ms=12, label="this plan")
     curve.set(xlabel="bits per weight", ylabel="predicted loss", yscale="log")
     curve.legend()
