@@ -62,6 +62,9 @@ def of_model(case: Case, options: argparse.Namespace) -> list[Row]:
         plans[metric] = make_plan(program, case.observed, get_backend("reference"), question)
         print(f"{case.name} {metric}: {plans[metric].sensitivity.seconds:.0f} s", flush=True)
     first = next(iter(plans.values()))
+    if options.pairs:
+        asked = Question((Budget.parse("32bits"),), timed=False, pairs=True)
+        together = make_plan(program, case.observed, get_backend("reference"), asked)
     study = Study(program, first.units.schemes)
     rows: list[Row] = []
 
@@ -78,21 +81,18 @@ def of_model(case: Case, options: argparse.Namespace) -> list[Row]:
     for text, one in first.uniform().items():
         alone = Allocation(one.choice, one.loss, one.totals, (), False, 0.0)
         add(f"all {short(text)}", short(text), first, alone)
-        add("the plan for its bytes", short(text), first, best(first, one.totals["weight_bytes"]))
+        add("the plan for its bytes", short(text), first, within(first, one.totals["weight_bytes"]))
     for budget in options.budgets.split(","):
         limit = float(budget) * first.weights / 8
         for metric, plan in plans.items():
             add(metric, budget, plan, within(plan, limit))
         limited = replace(first.problem, budgets={"weight_bytes": limit})
         add(f"{METRIC}, greedy", budget, first, greedy(limited))
-        add(f"{METRIC}, pairs: the plan", budget, first, best(first, limit))
+        if options.pairs:
+            limited = replace(together.problem, budgets={"weight_bytes": limit})
+            found = improve(limited, solve(limited), together.pairs)
+            add(f"{METRIC}, pairs", budget, together, found)
     return rows
-
-
-def best(plan: Planned, limit: float) -> Allocation:
-    """The plan within so many bytes of weights, pairs counted."""
-    limited = replace(plan.problem, budgets={"weight_bytes": limit})
-    return improve(limited, solve(limited), plan.pairs)
 
 
 def within(plan: Planned, limit: float) -> Allocation:
@@ -130,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(m for m in MODELS if m != "outliers"))
     parser.add_argument("--budgets", default=BUDGETS, help="bits per weight")
     parser.add_argument("--metrics", default=METRICS)
+    parser.add_argument("--pairs", action="store_true", help="plans with pairs too (many draws)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 

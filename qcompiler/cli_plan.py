@@ -44,11 +44,7 @@ MOST = 12
 @click.option(
     "--include", multiple=True, type=click.Choice(["head", "embedding"]), help="Round these too."
 )
-@click.option(
-    "--pairs/--no-pairs",
-    default=None,
-    help="Count what two sites cost together.  [default: where enough was drawn for it]",
-)
+@click.option("--pairs", is_flag=True, help="Count what two sites cost together: many more draws.")
 @click.option(
     "--solver", type=click.Choice(["exact", "greedy"]), default="exact", show_default=True
 )
@@ -71,7 +67,7 @@ def plan_(
     passes: str,
     agree: tuple[str, ...],
     include: tuple[str, ...],
-    pairs: bool | None,
+    pairs: bool,
     solver: Literal["exact", "greedy"],
     batch: int,
     prefill: int,
@@ -139,7 +135,7 @@ def _print(planned: Planned) -> None:
     phases = [p for p in ("prefill", "decode") if p in totals]
     table = Table(title="plan", title_justify="left")
     for name in ("", "bits per weight", "bytes", *(f"{p}, × float" for p in phases), "loss"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
 
     def row(name: str, costs: dict[str, float], loss: float, style: str | None = None) -> None:
         bits = costs["weight_bytes"] * 8 / planned.weights

@@ -34,8 +34,8 @@ from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sensitivity import Sensitivity, Study, measure
 
-DRAWS = 4
-"""Draws for each site, at least: from fewer, a search would find pairs that only seem to help."""
+DRAWS = 32
+"""Draws for each site where pairs are counted."""
 Accept = Callable[[Program], bool]
 Tell = Callable[[str, int, int], None]
 """(doing, done, of how many)"""
@@ -89,6 +89,7 @@ def make_plan(
         study,
         question.metric,
         batches,
+        least=DRAWS * len(found.sites) if question.pairs else 0,
         keep=None if keep is None else keep.under(question.metric, *study.columns),
         tick=lambda done, of: tell("measuring sensitivity", done, of),
     )
@@ -98,14 +99,16 @@ def make_plan(
     )
     problem = replace(problem, losses=losses)
     allocation = _solve(question, problem)
-    within = question.loss is None and accept is None
-    pairs = _pairs(question, found, sensitivity) if within else {}
+    counted = question.pairs and question.loss is None and accept is None
+    pairs = _pairs(found, sensitivity) if counted else {}
     if pairs:
         allocation = improve(problem, allocation, pairs)
     notes = tuple(f"{text} is left out: {why}" for text, why in found.refused.items())
     planned = Planned(
         question, found, sensitivity, problem, allocation, pairs, weights, price.whole, notes
     )
+    for note in planned.slower():
+        planned = planned.with_note(note)
     if accept is None:
         return planned
 
@@ -154,14 +157,9 @@ def _impossible(budgets: Sequence[Budget], error: Infeasible) -> BadInput:
     )
 
 
-def _pairs(question: Question, found: Units, sensitivity: Sensitivity) -> Pairs:
+def _pairs(found: Units, sensitivity: Sensitivity) -> Pairs:
     """Places of two sites → what each two of their candidates cost beyond the sum of both."""
-    enough = sensitivity.samples >= DRAWS * len(found.sites)
-    if question.pairs is False or (question.pairs is None and not enough):
-        return {}
     if sensitivity.pairs is None:
-        if question.pairs is None:
-            return {}
         raise BadInput(
             f"{sensitivity.metric} does not tell what two sites cost together; write "
             "--metric gauss_newton, or leave --pairs out"

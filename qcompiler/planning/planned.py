@@ -16,6 +16,8 @@ from qcompiler.planning.question import Question
 from qcompiler.planning.units import Units, scheme_of
 from qcompiler.sensitivity import Sensitivity
 
+NOTICED = 1.03
+"""Of float's seconds: above, a plan is called slower."""
 Pairs = Mapping[tuple[int, int], NDArray[np.float64]]
 """Places of two sites → (candidates of the first, candidates of the second)."""
 
@@ -142,6 +144,16 @@ class Planned:
                 f"{_share(losses[k] - losses[j], total)}"
             )
         return f"{short(options[k])}: {'; '.join(words) or 'the only candidate'}"
+
+    def slower(self) -> list[str]:
+        """Sentences on the phases in which the plan takes longer than float."""
+        totals = self.allocation.totals
+        return [
+            f"smaller, but {phase} takes {totals[phase] / self.whole[phase]:.2f} × as long as in "
+            f"float on this backend; add a budget such as 1x-{phase}, and float to the formats"
+            for phase in ("prefill", "decode")
+            if phase in totals and totals[phase] > NOTICED * self.whole[phase]
+        ]
 
     def with_note(self, note: str) -> Planned:
         return replace(self, notes=(*self.notes, note))

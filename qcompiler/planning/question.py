@@ -30,9 +30,9 @@ class Question:
     """`inputs`, `joins`, patterns of ids: what must be given the same (see `units.py`)."""
     include: tuple[str, ...] = ()
     """`head`, `embedding`: what may be rounded besides."""
-    pairs: bool | None = None
-    """Count what two sites cost together beyond the sum of both; None: where the metric tells, and
-    has drawn often enough for it."""
+    pairs: bool = False
+    """Count what two sites cost together beyond the sum of both. It takes many more draws: from
+    few, a search finds pairs that only seem to help."""
     workload: Workload = field(default_factory=Workload)
     timed: bool = True
     """Time the backend's kernels also where no budget is about time."""

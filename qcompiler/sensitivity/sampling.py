@@ -7,6 +7,7 @@ the same question asked again costs no run at all.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -34,21 +35,25 @@ def measure(
     *,
     precision: float = PRECISION,
     rounds: int = ROUNDS,
+    least: int = 0,
     keep: Keep | None = None,
     tick: Tick = lambda done, total: None,
 ) -> Sensitivity:
-    """What each column of `study` costs by `metric`; `keep` is a folder for this very question."""
+    """What each column of `study` costs by `metric`; `keep` is a folder for this very question.
+
+    At least `least` samples are drawn, if that takes rounds of more.
+    """
     if not batches:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
     total = len(batches) * (rounds if metric.random else 1)
     drawn, known, before = _read(keep)
     done, written, start = known, time.monotonic(), time.perf_counter()
-    while done < total and not (done >= 2 and _sure(metric, drawn, precision)):
+    while not _ends(metric, drawn, done, total, precision, least):
         new = metric.sample(study, batches[done % len(batches)], done).detach()
         _check(study, new)
         drawn = torch.cat([drawn, new]) if len(drawn) else new
         done += 1
-        tick(done, total)
+        tick(done, max(total, math.ceil(done * least / len(drawn))))
         if keep is not None and time.monotonic() - written > EVERY:
             _write(keep, drawn, done, before + time.perf_counter() - start)
             written = time.monotonic()
@@ -65,6 +70,14 @@ def measure(
         seconds,
         _pairs(drawn) if metric.roots else None,
     )
+
+
+def _ends(
+    metric: Metric, drawn: Tensor, done: int, total: int, precision: float, least: int
+) -> bool:
+    if metric.random and len(drawn) < least:
+        return False
+    return done >= total or (done >= 2 and _sure(metric, drawn, precision))
 
 
 def _moments(metric: Metric, drawn: Tensor) -> tuple[Tensor, Tensor]:

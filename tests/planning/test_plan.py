@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,7 @@ def planned(tmp_path: Path, *budgets: str, batches: int = 4, **options: object) 
 
 def test_within_the_budget_and_below_every_uniform_one(tmp_path: Path) -> None:
     found = planned(tmp_path, "5bits")
-    assert found.bits_per_weight <= 5
-    assert planned(tmp_path, "5bits", pairs=False).allocation.optimal
+    assert found.bits_per_weight <= 5 and found.allocation.optimal
     assert set(found.chosen) == {f"{n}/linear#0" for n in ("q", "k", "up", "down")}
     for alone in found.uniform().values():
         if alone.totals["weight_bytes"] <= found.allocation.totals["weight_bytes"]:
@@ -193,13 +193,13 @@ def test_greedy_is_no_better(tmp_path: Path) -> None:
 
 
 def test_pairs(tmp_path: Path) -> None:
-    """Counted where enough was drawn, and never for worse."""
-    plain = planned(tmp_path, "5bits", pairs=False)
-    found = planned(tmp_path, "5bits")
+    """From many draws, and never for worse."""
+    plain = planned(tmp_path, "5bits")
+    found = planned(tmp_path, "5bits", pairs=True)
     assert found.pairs and not plain.pairs and found.bits_per_weight <= 5
+    assert found.sensitivity.samples >= 32 * 4
     assert found.allocation.loss <= found.loss(plain.allocation.choice)
     assert found.loss(found.allocation.choice) == pytest.approx(found.allocation.loss)
-    assert not planned(tmp_path, "5bits", metric=get_metric("error")).pairs
     with pytest.raises(BadInput, match="write --metric gauss_newton"):
         planned(tmp_path, "5bits", pairs=True, metric=get_metric("error"))
 
@@ -232,6 +232,19 @@ class Picky(Backend):
 
     def build(self, program):
         raise NotImplementedError
+
+
+def test_a_slower_plan_is_called_so(tmp_path: Path) -> None:
+    found = planned(tmp_path, "5bits")
+    times = {"prefill": 1.0, "decode": 1.0}
+    totals = {**found.allocation.totals, "prefill": 0.7, "decode": 1.2}
+    moved = replace(
+        found, whole={**found.whole, **times}, allocation=replace(found.allocation, totals=totals)
+    )
+    assert [note.partition(" on this")[0] for note in moved.slower()] == [
+        "smaller, but decode takes 1.20 × as long as in float"
+    ]
+    assert not found.slower()  # nothing was timed
 
 
 def test_formats_that_the_backend_has(tmp_path: Path) -> None:
