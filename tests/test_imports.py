@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "errors version hadamard layout",
     "spec formats allocate",
-    "options observers keep ops ranges tagged seen",
+    "options observers keep ops ranges tagged seen timing",
     "io history program match",
     "diff edit run samples sites objective",
     "rounding",

@@ -7,8 +7,7 @@ kept for the process, per shape and formats.
 from __future__ import annotations
 
 import statistics
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -16,9 +15,11 @@ from qcompiler.backends.cpu.kernels import KERNELS, Kernel, self_test
 from qcompiler.formats import QFormat, Scheme
 from qcompiler.rounding import nearest
 from qcompiler.sites import Site
+from qcompiler.timing import floors
 
 TOKENS = (1, 64)
-ROUNDS = 7
+SECONDS = 0.05
+"""For each kernel at each number of tokens."""
 
 
 def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
@@ -59,14 +60,12 @@ def _measure(
     times: dict[str, list[float]] = {k.name: [] for k in candidates}
     for tokens in TOKENS:
         x = torch.randn(tokens, width).to(dtype)
-        rounds: dict[str, list[float]] = {k.name: [] for k in candidates}
-        for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine hits all
-            for kernel in candidates:
-                start = time.perf_counter()
-                kernel.call(x, prepared[kernel.name], None, scheme.activation, x_scale)
-                rounds[kernel.name].append(time.perf_counter() - start)
-        for name, values in rounds.items():
-            times[name].append(statistics.median(values[1:]))
+        runs = {
+            k.name: partial(k.call, x, prepared[k.name], None, scheme.activation, x_scale)
+            for k in candidates
+        }
+        for name, value in floors(runs, seconds=SECONDS).items():
+            times[name].append(value)
     return tuple((name, statistics.geometric_mean(values)) for name, values in times.items())
 
 

@@ -145,8 +145,6 @@ def build(program: Program, scheme: Scheme, backend: Backend, x: Tensor) -> Benc
     found, inputs = sites(program.nodes), len(program.io.ports)
     if scheme == Scheme():
         return _built(program, backend, inputs, len(found))
-    if any(backend.refuses(site, scheme) is not None for site in found):
-        return None
     edit = Edit(program, "assign")
     for site in sites(edit.nodes):
         edit.spend(str(scheme), site.node)

@@ -85,11 +85,8 @@ class Clock:
         known = self._backend.cost(site, scheme, self.tokens(site, phase))
         if known is not None:
             return known
-        plain = self._float(phase)[self._key(site, phase)]
-        if scheme == FLOAT:
-            return plain
-        ratio = self._ratio(site, scheme, phase)
-        return None if ratio is None else ratio * plain
+        ratio = 1.0 if scheme == FLOAT else self._ratio(site, scheme, phase)
+        return None if ratio is None else ratio * self._float(phase)[self._key(site, phase)]
 
     def rest(self, phase: Phase, among: Collection[Site] | None = None) -> float:
         """Seconds of a run in floating point that go by outside `among` (all sites)."""
@@ -169,10 +166,11 @@ class Clock:
 
     def _ratio(self, site: Site, scheme: Scheme, phase: Phase) -> float | None:
         """Time of the site with `scheme` in units of that in floating point; None if refused."""
-        layer, count = self._layers[site.id], self._count(site, scheme)
-        keys = {p: f"{self._key(site, p)} {scheme} copies={count}" for p in self.workload.phases}
-        if (layer, scheme) in self._refused:
+        layer = self._layers[site.id]
+        if self._backend.refuses(site, scheme) is not None or (layer, scheme) in self._refused:
             return None
+        count = self._count(site, scheme)
+        keys = {p: f"{self._key(site, p)} {scheme} copies={count}" for p in self.workload.phases}
         if not all(isinstance(self._cache.get(key), float) for key in keys.values()):
             bench = self._build(site, scheme)
             if bench is None:
@@ -187,8 +185,9 @@ class Clock:
     def _compare(self, site: Site, bench: Bench, phase: Phase) -> float:
         """Time of a copy in `bench` in units of that of a copy in floating point."""
         plain, x = self._bench(site), self._input(site, phase)
-        runs = {"float": partial(plain.run, x), "site": partial(bench.run, x), "call": self._empty}
-        found = floors(runs)
+        found = floors(
+            {"float": partial(plain.run, x), "site": partial(bench.run, x), "call": self._empty}
+        )
         site_time, float_time = (
             max(NOTHING, found[name] - found["call"]) / copies
             for name, copies in (("site", bench.copies), ("float", plain.copies))
