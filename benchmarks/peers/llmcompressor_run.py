@@ -207,6 +207,12 @@ METHODS: dict[str, Method] = {
         seeded=True,
         kinds=("llama",),
     ),
+    "SpinQuant R1 R2 (not centred) + awq + gptq": method(
+        lambda task, q: [[spin("R1", "R2", centred=False)], [awq(task), GPTQModifier(**q)]],
+        offers=weights_only,
+        seeded=True,
+        kinds=("llama",),
+    ),
     "SmoothQuant + up/down + SpinQuant R1 R2 R4 (not centred)": rotated(
         "R1", "R2", "R4", centred=False, first=True
     ),

@@ -57,7 +57,7 @@ def costs(program: Program, units: Units, workload: Workload, clock: Clock | Non
     for phase in () if clock is None else workload.phases:
         assert clock is not None
         tables[phase], alone = table(lambda s, scheme, p=phase: clock.seconds(s, scheme, p))  # type: ignore[misc]
-        fixed[phase] = clock.rest(phase)
+        fixed[phase] = clock.rest(phase, units.sites)
         whole[phase] = fixed[phase] + sum(alone.values())
     timed = [p for p in workload.phases if p in tables]
     if timed:
