@@ -10,11 +10,15 @@ which stands still while others have the processor.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+try:
+    import resource
+except ImportError:  # Windows: it does not tell
+    resource = None  # type: ignore[assignment]
 
 PRECISION = 0.02
 """How near to each other the three fastest runs of a contender are when the race ends."""

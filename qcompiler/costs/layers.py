@@ -27,7 +27,7 @@ from qcompiler.registry import make_passes
 from qcompiler.samples import Flat
 from qcompiler.sites import Site, site_of, sites
 
-MOST = 8
+MOST = 16
 """Copies of a site."""
 CACHED = 64 * 2**20
 """Bytes beyond which no cache holds the weights."""

@@ -12,7 +12,7 @@ import torch
 import qcompiler
 from qcompiler import Backend, QFormat, Scheme, timing
 from qcompiler.costs import Clock, Workload, layers
-from qcompiler.costs import time as clock_module
+from qcompiler.costs import benches as bench_module
 from qcompiler.costs.cache import Cache, cache_folder
 from qcompiler.costs.layers import Layer
 from qcompiler.registry import get_backend
@@ -37,13 +37,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Scheme]:
     """Schemes of all benches that were built."""
     seen: list[Scheme] = []
-    build = clock_module.build
+    build = bench_module.build
 
     def note(program: qcompiler.Program, scheme: Scheme, *rest: Any) -> Any:
         seen.append(scheme)
         return build(program, scheme, *rest)
 
-    monkeypatch.setattr(clock_module, "build", note)
+    monkeypatch.setattr(bench_module, "build", note)
     return seen
 
 

@@ -17,6 +17,7 @@ import qcompiler
 from qcompiler import BadInput, Program, QFormat, Scheme, capture
 from qcompiler.allocate import Budget
 from qcompiler.backend import Backend
+from qcompiler.backends.reference import ReferenceBackend
 from qcompiler.cli import main
 from qcompiler.passes.allocate import Allocate
 from qcompiler.planning.apply import rounded_program
@@ -370,3 +371,37 @@ def test_a_recipe_without_a_place_for_it(place: Path) -> None:
 def test_a_plot(place: Path) -> None:
     run(*PLAN, "--budget", "5bits", "-o", "plan.toml", "--plot", "plan.png")
     assert (place / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Slow(Backend):
+    """A microsecond for each bit of a weight, whatever the tokens."""
+
+    name, summary = "slow", "for this test"
+
+    def refuses(self, site, scheme) -> str | None:
+        return None
+
+    def cost(self, site, scheme, tokens: int) -> float:
+        return 1e-3 * (32 if scheme.weight is None else scheme.weight.bits)
+
+    def build(self, program):
+        return ReferenceBackend().build(program)
+
+
+def test_seconds_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head, which is not decided, is in what is fixed; relative budgets are of the whole."""
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    found = plan(
+        net(), data(1)[0], question=question("0.5x-prefill", timed=True), data=data(),
+        backend=Slow(), cache=tmp_path,
+    )  # fmt: skip
+    assert found.whole["prefill"] == pytest.approx(found.problem.fixed["prefill"] + 4 * 32e-3)
+    bits = sum(s.weight.bits for s in found.chosen.values() if s.weight is not None)
+    total = found.problem.fixed["prefill"] + 1e-3 * bits
+    assert found.allocation.totals["prefill"] == pytest.approx(total)
+    assert total <= 0.5 * found.whole["prefill"]
+    with pytest.raises(BadInput, match="is not run token by token"):
+        plan(
+            net(), data(1)[0], question=question("1ms-decode"), data=data(), backend=Slow(),
+            cache=tmp_path,
+        )  # fmt: skip
