@@ -1,14 +1,17 @@
 """What mixed precision is worth at equal bytes: plans beside single formats, really measured.
 
     .venv/bin/python benchmarks/mixed.py [--models tiny_llama,digits_vit] [--budgets 3,3.5,4,4.5,6]
-        [--metrics gauss_newton,error] [--json FILE]
+        [--metrics hessian,error] [--formats A,B] [--pairs] [--gptq] [--peers [NAMES]] [--json FILE]
 
-Everything is rounded to nearest, so that only the assignment differs. Loss is measured on held-out
-inputs: KL of the words, relative squared error of anything else. For each model:
+Everything is rounded to nearest, so that only the assignment differs; `--gptq` adds the loss of the
+plans and of the single formats with GPTQ. Loss is measured on held-out inputs: KL of the words,
+relative squared error of anything else. For each model:
 
 * each single format, and the plan for exactly its bytes;
-* plans for budgets in bits per weight, chosen by several metrics with one allocator (those are what
-  HAWQ-V2, AutoQuantize and AutoScheme go by), and by the usual greedy descent.
+* for budgets in bits per weight, the best single format that fits; the plan; and what other metrics
+  choose with the same allocator (those are what HAWQ-V2, AutoQuantize and AutoScheme go by), the
+  usual greedy descent, and with `--pairs` the plan that counts what two sites cost together;
+* the choices of the peers' own code, each beside the plan for its very bytes.
 """
 
 from __future__ import annotations
@@ -16,29 +19,23 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accuracy.cases import MODELS, Case, flat, open_case
+from accuracy.cases import MODELS, Case, open_case
+from mixed.peers import HAS, NAMES, run_chooser
+from mixed.trial import Row, Trial, within
 from rich.console import Console
 from rich.table import Table
 
-from qcompiler.allocate import Allocation, Budget, greedy, improve, solve
-from qcompiler.pipeline import run_pipeline
-from qcompiler.planning.make import make_plan
-from qcompiler.planning.planned import Planned, short
-from qcompiler.planning.question import METRIC, Question
-from qcompiler.registry import get_backend, get_metric, make_passes
-from qcompiler.samples import Flat
-from qcompiler.sensitivity import Study
-from qcompiler.sensitivity.outputs import Rounded
+from qcompiler.allocate import greedy, improve, solve
+from qcompiler.planning.planned import short
+from qcompiler.planning.question import METRIC
+from qcompiler.planning.units import FORMATS
 
 BUDGETS = "3,3.5,4,4.5,6"
-METRICS = f'{METRIC},gauss_newton{{by="element"}},hessian,taylor,error'
-HELDOUT = 4
-"""Batches that the loss is measured on."""
-Row = dict[str, object]
+METRICS = 'gauss_newton{by="element"},hessian,taylor,error'
 
 
 def main() -> None:
@@ -46,91 +43,89 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for name in options.models.split(","):
-        rows += of_model(open_case(name, 10**9), options)
-        show([r for r in rows if r["model"] == name])
+
+    def add(row: Row) -> None:
+        rows.append(row)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
+    for name in options.models.split(","):
+        first = len(rows)
+        of_model(open_case(name, options.tokens), options, add)
+        show(rows[first:])
 
-def of_model(case: Case, options: argparse.Namespace) -> list[Row]:
-    program = run_pipeline(case.program, make_passes("canonicalize{optional=true}"))
-    unseen = flat(case.program, case.heldout[:HELDOUT])
-    plans = {}
-    for metric in options.metrics.split(","):
-        question = Question((Budget.parse("32bits"),), metric=get_metric(metric), timed=False)
-        plans[metric] = make_plan(program, case.observed, get_backend("reference"), question)
-        print(f"{case.name} {metric}: {plans[metric].sensitivity.seconds:.0f} s", flush=True)
-    first = next(iter(plans.values()))
-    if options.pairs:
-        asked = Question((Budget.parse("32bits"),), timed=False, pairs=True)
-        together = make_plan(program, case.observed, get_backend("reference"), asked)
-    study = Study(program, first.units.schemes)
-    rows: list[Row] = []
 
-    def add(what: str, budget: str, plan: Planned, found: Allocation) -> None:
-        chosen = replace(plan, allocation=found)
-        loss = measured(study, chosen, unseen)
-        bits = chosen.bits_per_weight
-        rows.append(
-            {"model": case.name, "budget": budget, "what": what, "bits": bits, "loss": loss,
-             "predicted": found.loss, "optimal": found.optimal}
-        )  # fmt: skip
-        print(f"{case.name} {budget} {what}: {bits:.3f} bits, {loss:.3g}", flush=True)
+def of_model(case: Case, options: argparse.Namespace, add: Callable[[Row], None]) -> None:
+    mine, budgets = tuple(options.formats.split(",")), options.budgets.split(",")
+    asked = {mine, *(HAS[peer] for peer in options.peers)}
+    trials = {formats: Trial(case, formats, options.gptq, add) for formats in asked}
+    if not options.only_peers:
+        ours(trials[mine], budgets, options.metrics.split(","), options.pairs)
+    for peer in options.peers:
+        run_chooser(peer, trials[HAS[peer]], budgets)
 
-    for text, one in first.uniform().items():
-        alone = Allocation(one.choice, one.loss, one.totals, (), False, 0.0)
-        add(f"all {short(text)}", short(text), first, alone)
-        add("the plan for its bytes", short(text), first, within(first, one.totals["weight_bytes"]))
-    for budget in options.budgets.split(","):
-        limit = float(budget) * first.weights / 8
-        for metric, plan in plans.items():
-            add(metric, budget, plan, within(plan, limit))
-        limited = replace(first.problem, budgets={"weight_bytes": limit})
-        add(f"{METRIC}, greedy", budget, first, greedy(limited))
-        if options.pairs:
-            limited = replace(together.problem, budgets={"weight_bytes": limit})
+
+def ours(trial: Trial, budgets: list[str], metrics: list[str], pairs: bool) -> None:
+    plan, others = trial.plan, {metric: trial.planned(metric) for metric in metrics}
+    together = trial.planned(METRIC, pairs=True) if pairs else None
+    alone = []
+    for text, uniform in plan.uniform().items():
+        name, size = short(text), uniform.totals["weight_bytes"]
+        found = trial.given(uniform.choice)
+        row = trial.row(name, f"all {name}", found, gptq=True)
+        alone.append((size, float(str(row["loss"])), name, found))
+        trial.row(name, "the plan for its bytes", trial.best(size), gptq=True)
+    for budget in budgets:
+        limit = trial.bytes(float(budget))
+        if fitting := [(loss, name, found) for size, loss, name, found in alone if size <= limit]:
+            _, name, found = min(fitting, key=lambda one: one[0])
+            trial.row(budget, f"best single format: {name}", found, gptq=True)
+        trial.row(budget, "the plan", trial.best(limit), gptq=True)
+        if together is not None:
+            limited = within(together, limit)
             found = improve(limited, solve(limited), together.pairs)
-            add(f"{METRIC}, pairs", budget, together, found)
-    return rows
-
-
-def within(plan: Planned, limit: float) -> Allocation:
-    """The best within so many bytes of weights."""
-    return solve(replace(plan.problem, budgets={"weight_bytes": limit}))
-
-
-def measured(study: Study, plan: Planned, batches: list[Flat]) -> float:
-    """The loss of a plan itself, mean over `batches`."""
-    total = 0.0
-    for batch in batches:
-        found = Rounded(study, plan.chosen).run_on(batch)
-        total += float(study.objective(study.program.flat(batch), found))
-    return total / len(batches)
+            trial.row(budget, "the plan with pairs", trial.given(found.choice), gptq=True)
+        trial.row(budget, "greedy", greedy(within(plan, limit)))
+        for metric, other in others.items():
+            trial.row(budget, metric, trial.given(solve(within(other, limit)).choice))
 
 
 def show(rows: list[Row]) -> None:
     table = Table(title=str(rows[0]["model"]), title_justify="left")
-    for name in ("budget", "assignment", "bits", "loss", "predicted"):
+    figures = ["loss", "gptq", "perplexity", "cosine", "accuracy", "predicted"]
+    figures = [name for name in figures if any(name in row for row in rows)]
+    for name in ("budget", "assignment", "bits", *figures):
         table.add_column(name, justify="left" if name in ("budget", "assignment") else "right")
     last = None
     for row in rows:
         if row["budget"] != last:
             table.add_section()
         last = row["budget"]
-        table.add_row(
-            *(str(row["budget"]), str(row["what"]), f"{row['bits']:.3f}"),
-            *(f"{row['loss']:.4g}", f"{row['predicted']:.4g}"),
-        )
-    Console(width=110).print(table)
+        if "error" in row:
+            table.add_row("", f"{row['what']}: {row['error']}")
+            continue
+        values = (f"{row[name]:.4g}" if name in row else "" for name in figures)
+        table.add_row(str(row["budget"]), str(row["what"]), f"{row['bits']:.3f}", *values)
+    Console(width=120).print(table)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", default=",".join(m for m in MODELS if m != "outliers"))
+    usual = ",".join(m for m in MODELS if m != "outliers")
+    parser.add_argument("--models", default=usual)
     parser.add_argument("--budgets", default=BUDGETS, help="bits per weight")
-    parser.add_argument("--metrics", default=METRICS)
+    parser.add_argument("--metrics", default=METRICS, help="besides the default one")
+    parser.add_argument(
+        "--formats", default=",".join(FORMATS), help="of ours; peers have their own"
+    )
+    parser.add_argument("--tokens", type=int, default=10240, help="for perplexity")
     parser.add_argument("--pairs", action="store_true", help="plans with pairs too (many draws)")
+    parser.add_argument("--gptq", action="store_true", help="also round by GPTQ")
+    parser.add_argument(
+        *("--peers",), type=lambda text: text.split(","), nargs="?", const=[*NAMES], default=[],
+        help="run these, or all: " + ", ".join(NAMES), metavar="A,B",
+    )  # fmt: skip
+    parser.add_argument("--only-peers", action="store_true", help="leave out all but the peers")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 

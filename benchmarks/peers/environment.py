@@ -22,6 +22,12 @@ ENVIRONMENTS = {
     "onnxruntime": "shared",
 }
 """Peer → the environment `.venv-<name>` that it lives in."""
+CHOOSING = {
+    "autoround": "shared",
+    "modelopt": "shared",
+    "mct": "mct",  # its pydantic, networkx and matplotlib are older
+}
+"""The same of those that choose formats for each layer."""
 
 
 class Unavailable(Exception):
@@ -33,11 +39,17 @@ def script_of(name: str) -> Path:
     return HERE / f"{name}_run.py"
 
 
+def chooser_of(name: str) -> Path:
+    """The same for a script that chooses formats."""
+    return HERE / f"{name}_choice.py"
+
+
 def python_of(name: str) -> Path:
     """The Python of the peer's environment, made when it is missing or the peer's pins changed."""
-    if name not in ENVIRONMENTS:
-        raise Unavailable(f"there is no peer {name!r}; there are {', '.join(ENVIRONMENTS)}")
-    folder = HERE / f".venv-{ENVIRONMENTS[name]}"
+    known = ENVIRONMENTS | CHOOSING
+    if name not in known:
+        raise Unavailable(f"there is no peer {name!r}; there are {', '.join(known)}")
+    folder = HERE / f".venv-{known[name]}"
     python, pins = folder / "bin" / "python", HERE / f"{name}.txt"
     stamp, wanted = folder / f".ready-{name}", pins.read_text()
     if python.exists() and stamp.is_file() and stamp.read_text() == wanted:
@@ -71,7 +83,7 @@ def steps(pins: Path) -> list[list[str | Path]]:
 
 def main() -> None:
     failed = False
-    for name in sys.argv[1:] or ENVIRONMENTS:
+    for name in sys.argv[1:] or ENVIRONMENTS | CHOOSING:
         try:
             print(f"{name}: {python_of(name)}")
         except Unavailable as error:

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/mixed.py`: one model with its formats, and the peers that choose."""
