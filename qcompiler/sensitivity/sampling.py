@@ -20,7 +20,7 @@ from qcompiler.samples import Flat
 from qcompiler.sensitivity.base import Metric, Sensitivity
 from qcompiler.sensitivity.study import Study
 
-PRECISION = 0.1
+PRECISION = 0.05
 ROUNDS = 4
 EVERY = 5.0
 """Seconds between two times at which what was drawn is written down."""
