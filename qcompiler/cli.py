@@ -15,7 +15,7 @@ from qcompiler.capture import open_model
 from qcompiler.cli_export import export
 from qcompiler.cli_lists import LISTS
 from qcompiler.cli_plan import plan_
-from qcompiler.cli_shared import bar, calibration, progress, tokenizer_of
+from qcompiler.cli_shared import bar, calibration, progress, tokenizer_of, with_data
 from qcompiler.compiled import Compiled, load
 from qcompiler.compiled import compile as compile_model
 from qcompiler.console import as_json, err, out, print_json
@@ -70,12 +70,7 @@ def main() -> None:
 @click.option("--passes", help="A pipeline as text, instead of a recipe.")
 @click.option("--plan", type=Path, help="A file of `qcompiler plan`, in place of `assign`.")
 @click.option("--backend", default="cpu", show_default=True)
-@click.option(
-    "--data",
-    type=Path,
-    help="Calibration data: text, .npy, .safetensors, a folder of them, one a tag, or `synthetic`.",
-)
-@click.option("--batches", default=16, show_default=True, help="Batches of it to use.")
+@with_data
 @click.option(
     "--work",
     type=Path,

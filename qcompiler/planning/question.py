@@ -45,6 +45,11 @@ class Question:
             raise BadInput("give budgets or a target for the loss, not both")
         if self.loss is not None and not self.loss > 0:
             raise BadInput(f"a target for the loss is above zero; found {self.loss}")
+        if self.loss is not None and not self.metric.forward:
+            raise BadInput(
+                f"{self.metric} ranks formats and predicts no loss that could be a target; write "
+                f"--metric {METRIC}"
+            )
 
     @property
     def times(self) -> bool:

@@ -68,7 +68,9 @@ def units(
     The head and embeddings stay in floating point unless `include` names them.
     """
     if not formats:
-        raise BadInput("there are no formats to choose from; name some, as in int4:group32,int8")
+        raise BadInput(
+            "there are no formats to choose from; name some, as in int4:group32,int8:channel"
+        )
     found, candidates = [], []
     refused: dict[str, list[str]] = {}
     for site in sites(program.graph.nodes):

@@ -167,6 +167,11 @@ def test_a_target_for_the_loss(tmp_path: Path) -> None:
     assert found.allocation.totals["bytes"] < best.totals["bytes"]
 
 
+def test_a_target_in_another_unit(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="predicts no loss"):
+        planned(tmp_path, loss=0.1, metric=get_metric("taylor"))
+
+
 def test_the_smallest_that_is_accepted(tmp_path: Path) -> None:
     """By a measurement of the rounded program itself."""
     x, model = torch.cat(data()), net()
