@@ -6,12 +6,13 @@ reference. The smallest example is `backends/null.py`.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcompiler.formats import QFormat, Scheme
 from qcompiler.passbase import Pass
@@ -40,6 +41,38 @@ class Capability:
     decoded: bool = False
     """It takes codes and scales as `stored.read` decodes them, in whatever form they are stored:
     patterns are over formats with scales in float32, not those in `scale(fp16)`."""
+    accumulator: str = ""
+    """What products are summed in: `int32`, `float32`; empty if it does not say."""
+    needs: tuple[str, ...] = ()
+    """Features of the machine that it cannot do without, see `Backend.has`: `avx512_vnni`."""
+    multiple_of: tuple[int, int] = (1, 1)
+    """What the outputs and the inputs of a weight must be multiples of."""
+    splits_sums: bool = False
+    """Threads share its sums, so that last bits depend on their number, as a library's in float."""
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.op} {self.weight} × {self.activation}"
+
+    @property
+    def conditions(self) -> str:
+        """What it asks for besides formats, and what it sums in, in words."""
+        rows, columns = self.multiple_of
+        said = {
+            f"sums in {self.accumulator}": bool(self.accumulator),
+            "last bits depend on threads": self.splits_sums,
+            f"needs {', '.join(self.needs)}": bool(self.needs),
+            f"multiples of {rows} × {columns}": self.multiple_of != (1, 1),
+            self.note: bool(self.note),
+        }
+        return "; ".join(words for words, holds in said.items() if holds)
+
+    def refuses_shape(self, site: Site) -> str | None:
+        """None if the site's weight has the sizes that it takes, else what it takes."""
+        out, width = (int(n) for n in site.weight.meta["val"].shape[:2])
+        rows, columns = self.multiple_of
+        if out % rows == 0 and width % columns == 0:
+            return None
+        return f"takes multiples of {rows} × {columns} (outputs × inputs); found {out} × {width}"
 
     def fits(self, site: Site, scheme: Scheme) -> bool:
         """Whether this kernel is made for the site's operator and formats."""
@@ -65,13 +98,18 @@ class Lowered:
 
     program: Program
     kernels: Mapping[str, str] = field(default_factory=dict)
-    """Site id → kernel."""
+    """Site id → the reason of the edit that put a kernel there. It starts with the kernel's name,
+    alone or before a comma or semicolon."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Site id → why the reference runs there."""
 
 
 class Artifact(ABC):
     """Something that runs. Calls take and return flat tensors; `Compiled` gives them structure."""
+
+    kernels: Mapping[str, str] | None = None
+    """Site id → kernel, where they are chosen as the artifact is built; None if it does not tell,
+    or `lowering` did."""
 
     @abstractmethod
     def run(self, inputs: Flat) -> tuple[object, ...]:
@@ -87,7 +125,21 @@ class Artifact(ABC):
         return None
 
 
-class Backend(ABC):
+class ProgramArtifact(Artifact):
+    """A lowered program, which runs itself: its operators are the kernels."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def run(self, inputs: Flat) -> tuple[object, ...]:
+        return self.program.flat(inputs)
+
+    @property
+    def bytes(self) -> int:
+        return self.program.bytes
+
+
+class Backend:
     """A target. Subclass it, and name the class in the entry points `qcompiler.backends`."""
 
     name: ClassVar[str]
@@ -95,17 +147,40 @@ class Backend(ABC):
     capabilities: ClassVar[tuple[Capability, ...]] = ()
     tolerance: ClassVar[float] = 1e-3
     """Largest relative error of an artifact's outputs against the reference program."""
+    kernels: frozenset[str] | None = None
+    """Kernels that it may use; None for all of them. See `only`."""
+
+    def only(self, *kernels: str) -> Self:
+        """This target with these kernels alone, used wherever they fit and not where they pay:
+        what conformance tries them with."""
+        limited = copy.copy(self)
+        limited.kernels = frozenset(kernels)
+        return limited
+
+    def uses(self, capability: Capability) -> bool:
+        """Whether its kernel is one of those it may use."""
+        return self.kernels is None or capability.kernel in self.kernels
 
     def available(self) -> str | None:
         """None, or the sentence that says why this backend cannot be used here."""
         return None
 
+    def has(self, feature: str) -> bool:
+        """Whether this machine has a feature that a capability `needs`."""
+        return True
+
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
         """None if a kernel serves the site, else a sentence: what is asked, what there is."""
+        reasons = []
         for capability in self.capabilities:
-            if capability.fits(site, scheme):
-                return None
-        return f"{self.name} has no {site.kind.name} kernel for {scheme}"
+            if self.uses(capability) and capability.fits(site, scheme):
+                missing = [f for f in capability.needs if not self.has(f)]
+                lacks = f"needs {', '.join(missing)}, which this machine lacks" if missing else None
+                reason = lacks or capability.refuses_shape(site)
+                if reason is None:
+                    return None
+                reasons.append(f"{capability.kernel} {reason}")
+        return "; ".join(reasons) or f"{self.name} has no {site.kind.name} kernel for {scheme}"
 
     def cost(self, site: Site, scheme: Scheme, tokens: int) -> float | None:
         """Seconds of one run of the site on `tokens` tokens, from a model or a table of data (for
@@ -126,9 +201,9 @@ class Backend(ABC):
         """Passes of effect `lower` that put this target's operators in, but at `exclude`."""
         return ()
 
-    @abstractmethod
     def build(self, program: Program) -> Artifact:
-        """Make something that runs from the lowered program."""
+        """Make something that runs from the lowered program; by default it runs itself."""
+        return ProgramArtifact(program)
 
     def load(self, program: Program, folder: Path) -> Artifact:
         """Make it again from a saved folder; by default by building it anew."""

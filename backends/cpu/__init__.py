@@ -1,4 +1,4 @@
-"""The CPU in this process, with torch's own low-precision kernels, chosen by measured time.
+"""The CPU in this process: kernels generated for it and torch's own, chosen by measured time.
 
 No library kernel is good on every CPU and at every size, and some are wrong on some CPUs: products
 of 8-bit pairs summed in 16 bits saturate where there is no VNNI. So each kernel first proves itself
@@ -9,58 +9,47 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qcompiler.backend import Artifact, Backend, Capability
-from qcompiler.backends.cpu.kernels import KERNELS, self_test
+from qcompiler.backend import Backend, Capability
+from qcompiler.backends.cpu.kernels import GATHER, KERNELS, self_test
 from qcompiler.backends.cpu.lower import LowerEmbedding, LowerLinear
 from qcompiler.formats import Scheme
 from qcompiler.passbase import Pass
-from qcompiler.program import Program
-from qcompiler.samples import Flat
 from qcompiler.sites import Site
-
-
-class CpuArtifact(Artifact):
-    """The lowered program; it runs itself."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def run(self, inputs: Flat) -> tuple[object, ...]:
-        return self.program.flat(inputs)
-
-    @property
-    def bytes(self) -> int:
-        return self.program.bytes
 
 
 class CpuBackend(Backend):
     """In-process CPU execution."""
 
     name: ClassVar[str] = "cpu"
-    summary: ClassVar[str] = (
-        "this process, torch's int8 and int4 kernels where they are right and pay"
+    summary: ClassVar[str] = "this process, by kernels generated for its CPU where they pay"
+    capabilities: ClassVar[tuple[Capability, ...]] = (
+        *(claim for kernel in KERNELS.values() for claim in kernel.claims),
+        GATHER,
     )
-    capabilities: ClassVar[tuple[Capability, ...]] = tuple(k.capability for k in KERNELS.values())
     tolerance: ClassVar[float] = 2e-2
     """The whole program's; each kernel's own is in its capability."""
 
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
+        fitting = {c.kernel for c in self.capabilities if self.uses(c) and c.fits(site, scheme)}
         reasons = []
-        for kernel in KERNELS.values():
-            if kernel.capability.fits(site, scheme):
-                reason = self_test(kernel.name)
-                if reason is None:
-                    return None
-                reasons.append(f"{kernel.name}: {reason}")
+        for name in (n for n in KERNELS if n in fitting):
+            reason = self_test(name) or _shape(name, site, scheme)
+            if reason is None:
+                return None
+            reasons.append(f"{name}: {reason}")
         return "; ".join(reasons) or super().refuses(site, scheme)
 
     def lowering(self, exclude: frozenset[str] = frozenset()) -> tuple[Pass, ...]:
         left = tuple(sorted(exclude))
-        kernels = [n for n, k in KERNELS.items() if k.capability.op == "linear"]
+        only = tuple(sorted(self.kernels & KERNELS.keys())) if self.kernels is not None else ()
         return (
-            *(LowerLinear(kernel=n, exclude=left, optional=True) for n in kernels),
+            *(LowerLinear(kernel=n, exclude=left, only=only, optional=True) for n in KERNELS),
             LowerEmbedding(exclude=left, optional=True),
         )
 
-    def build(self, program: Program) -> Artifact:
-        return CpuArtifact(program)
+
+def _shape(name: str, site: Site, scheme: Scheme) -> str | None:
+    if scheme.weight is None:
+        return None
+    out, width = (int(n) for n in site.weight.meta["val"].shape[:2])
+    return KERNELS[name].shape(out, width, scheme.weight)

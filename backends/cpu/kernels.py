@@ -1,143 +1,157 @@
-"""The kernels: torch's low-precision products, as operators that a graph can hold.
+"""The kernels, as one table: what each serves, how a weight is prepared for it, what is called.
 
 =============  ============================================================================
-`int8`         int8 × int8 → int32, exact; activations per token (dynamic) or per tensor
-`packed8`      int8 weights, bfloat16 activations, float32 sums
-`packed4`      int4 weights in groups, bfloat16 activations, float32 sums
+`integer`      generated: codes of 1-8 bits × int8 codes, exact integer sums
+`decoding`     generated: codes of 1-8 bits, decoded in registers, × float32
+`int8`         torch: int8 × int8 → int32, exact
+`packed8`      torch: int8 weights, bfloat16 activations, float32 sums
+`packed4`      torch: int4 weights in groups, bfloat16 activations, float32 sums
 `float`        float weights made once from the integers: small on disk only, never wrong
+`gather`       an embedding that decodes the rows that are read
 =============  ============================================================================
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+import qcompiler.backends.cpu.library  # noqa: F401  (defines operators)
 from qcompiler.backend import Capability
 from qcompiler.formats import Grid, QFormat, QTensor
 
-_library = torch.library.Library("qc_cpu", "DEF")
-_library.define(
-    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? x_scale) -> Tensor"
-)
-_library.define("linear_packed8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
-_library.define(
-    "linear_packed4(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int group, int width)"
-    " -> Tensor"
-)
+GENERATED = importlib.util.find_spec("llvmlite") is not None
+if GENERATED:
+    from qcompiler.backends.cpu import generated
+    from qcompiler.backends.cpu.codegen.isa import host
+
+cpu = torch.ops.qc_cpu
 
 
-def linear_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, x_scale: Tensor | None
-) -> Tensor:
-    """y = (q_x q_wᵀ) s_x s_w + b with an exact integer product.
+@dataclass(frozen=True, eq=False)
+class Static:
+    """Scale and zero point of a site's activation, where they are known beforehand."""
 
-    x (…, in) floating point, weight (out, in) int8, scale (out,); x_scale is one number, or None
-    for one scale per token.
-    """
-    rows = x.reshape(-1, x.shape[-1]).float()
-    if x_scale is None:
-        x_scale = rows.abs().amax(-1, keepdim=True).div_(127)
-        x_scale = x_scale.masked_fill_(x_scale == 0, 1.0)
-    q = (rows / x_scale).round_().clamp_(-127, 127).to(torch.int8)
-    y = torch._int_mm(q, weight.t()).float().mul_(x_scale).mul_(scale)
-    return _finish(y, x, bias)
+    scale: Tensor | None = None
+    zero: Tensor | None = None
 
 
-def linear_packed8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """y = (x q_wᵀ) s_w + b with x rounded to bfloat16; weight (out, in) int8, scale (out,)."""
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    # The scale is applied behind the product: inside, it would be rounded to bfloat16.
-    one = torch.ones(weight.shape[0], dtype=torch.bfloat16)
-    y = torch._weight_int8pack_mm(rows, weight, one).float().mul_(scale)
-    return _finish(y, x, bias)
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An operator with all that it needs besides x: operator(x, *parameters, *constants)."""
+
+    operator: Callable[..., Tensor]
+    parameters: dict[str, Tensor | None]
+    """By name, in the order of the operator's arguments."""
+    constants: tuple[object, ...] = ()
+    rounds: bool = True
+    """The operator rounds x itself."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.operator(x, *self.parameters.values(), *self.constants)
 
 
-def linear_packed4(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, width: int
-) -> Tensor:
-    """y = x Wᵀ + b with W = (q - 8) s per group; x and s are rounded to bfloat16.
-
-    `weight` is torch's packing for this CPU, `scales` (in / group, out, 2) bfloat16, `width` = out.
-    """
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    scales = scales.to(torch.bfloat16)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, scales).float()
-    return _finish(y, x, bias)
-
-
-def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is not None:
-        y = y.add_(bias)
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _linear_int8_shape(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, x_scale: Tensor | None
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _linear_packed8_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _linear_packed4_shape(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, width: int
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], width))
-
-
-for _name, _run, _shape in (
-    ("linear_int8", linear_int8, _linear_int8_shape),
-    ("linear_packed8", linear_packed8, _linear_packed8_shape),
-    ("linear_packed4", linear_packed4, _linear_packed4_shape),
-):
-    _library.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"qc_cpu::{_name}", _shape, lib=_library)
-
-
-Prepared = dict[str, Tensor]
-"""Parameters of a kernel call by argument name, in the order of the operator's arguments."""
+Prepare = Callable[[QTensor, Tensor | None, QFormat | None, Static], Call]
+"""(weight, bias, activation format, its scale) → the call"""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: what it serves, how a weight is prepared for it, how it is called."""
+    """One kernel."""
 
     name: str
-    capability: Capability
-    prepare: Callable[[QTensor], Prepared]
-    call: Callable[[Tensor, Prepared, Tensor | None, QFormat | None, Tensor | None], Tensor]
-    """(x, prepared weight, bias, activation format, static activation scale) → y"""
+    claims: tuple[Capability, ...]
+    prepare: Prepare
     shape: Callable[[int, int, QFormat], str | None] = lambda out, width, fmt: None
     """(out, in, weight format) → why the kernel cannot take it, or None."""
+    proofs: tuple[tuple[str, str], ...] = field(default=())
+    """(weight, activation) formats that it must be exact with, or nearly, before it is used."""
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error of its output against the reference."""
+        return max(c.tolerance for c in self.claims)
 
 
-def _prepare8(q: QTensor) -> Prepared:
-    return {"weight": q.data.to(torch.int8).contiguous(), "scale": q.scale.reshape(-1).float()}
+def _claims(
+    kernel: str,
+    weights: tuple[str, ...],
+    activations: tuple[str, ...],
+    tolerance: float,
+    accumulator: str,
+    note: str,
+    multiple_of: tuple[int, int] = (1, 1),
+) -> tuple[Capability, ...]:
+    return tuple(
+        Capability(
+            kernel,
+            "linear",
+            weight,
+            activation,
+            tolerance,
+            note,
+            decoded=True,
+            accumulator=accumulator,
+            multiple_of=multiple_of,
+        )
+        for weight in weights
+        for activation in activations
+    )
 
 
-def _prepare4(q: QTensor) -> Prepared:
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((q.data.int() + 8), 1)
+def _generated(q: QTensor, bias: Tensor | None, activation: QFormat | None, static: Static) -> Call:
+    out = q.data.shape[0]
+    packed = generated.pack(q)
+    zero = None
+    if static.zero is not None:
+        assert activation is not None and static.scale is not None
+        zero = static.zero.float() - (0 if activation.signed else 128)
+        # x = s (q - z), and the part of z in the product is the same for all tokens.
+        part = q.dequantize(torch.float64).sum(1) * (static.scale.double() * zero.double())
+        bias = ((0 if bias is None else bias.double()) - part).float()
+    parameters = {
+        **packed._asdict(),
+        "bias": generated.pack_bias(bias, out),
+        "x_scale": static.scale,
+        "x_zero": zero,
+    }
+    constants = (str(q.format.decoded), str(activation or "float"), out)
+    return Call(cpu.linear.default, parameters, constants)
+
+
+def _int8(q: QTensor, bias: Tensor | None, activation: QFormat | None, static: Static) -> Call:
+    scale = q.scale.reshape(-1).float()
+    parameters = {"weight": _bytes(q), "scale": scale, "bias": bias, "x_scale": static.scale}
+    return Call(cpu.linear_int8.default, parameters)
+
+
+def _packed8(q: QTensor, bias: Tensor | None, activation: QFormat | None, static: Static) -> Call:
+    parameters = {"weight": _bytes(q), "scale": q.scale.reshape(-1).float(), "bias": bias}
+    return Call(cpu.linear_packed8.default, parameters)
+
+
+def _packed4(q: QTensor, bias: Tensor | None, activation: QFormat | None, static: Static) -> Call:
+    assert q.format.block is not None
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.data.int() + 8, 1)
     scale = q.scale.t().to(torch.bfloat16)
-    return {"weight": packed, "scales": torch.stack([scale, torch.zeros_like(scale)], -1)}
+    scales = torch.stack([scale, torch.zeros_like(scale)], -1)
+    parameters = {"weight": packed, "scales": scales, "bias": bias}
+    constants = (q.format.block[0], int(q.data.shape[0]))
+    return Call(cpu.linear_packed4.default, parameters, constants)
 
 
-def _prepare_float(q: QTensor) -> Prepared:
-    return {"weight": q.dequantize()}
+def _float(q: QTensor, bias: Tensor | None, activation: QFormat | None, static: Static) -> Call:
+    parameters = {"weight": q.dequantize(), "bias": bias}
+    return Call(torch.ops.aten.linear.default, parameters, rounds=False)
 
 
-def _call_float(
-    x: Tensor, w: Prepared, bias: Tensor | None, fmt: QFormat | None, x_scale: Tensor | None
-) -> Tensor:
-    if fmt is not None:
-        x = torch.ops.qc.fake_quantize(x, str(fmt), x_scale, None)
-    return torch.nn.functional.linear(x, w["weight"], bias)
+def _bytes(q: QTensor) -> Tensor:
+    return q.data.to(torch.int8).contiguous()
 
 
 def _shape4(out: int, width: int, fmt: QFormat) -> str | None:
@@ -147,117 +161,140 @@ def _shape4(out: int, width: int, fmt: QFormat) -> str | None:
     return None
 
 
-def _table(kernels: list[Kernel]) -> dict[str, Kernel]:
-    return {k.name: k for k in kernels}
-
-
 def _shape8(out: int, width: int, fmt: QFormat) -> str | None:
     # torch's kernel reads 16 inputs at a time and does not look where the row ends.
     return None if width % 16 == 0 else f"takes inputs in 16s; found {width}"
 
 
-# `[!ld]` leaves out what ends in `full` or `mirrored`: the kernel's own scales are for ±127.
-KERNELS = _table(
-    [
+INTEGERS = ("int[2-8]:*", "uint[1-8]:*", "ternary:*", "int1:*asym*")
+TOKENS = (
+    "int[2-8]:token:dynamic",
+    "int[2-8]:token:dynamic:full",
+    "int[2-8]:token:dynamic:clip*",
+    "int[2-8]:tensor",
+    "int[2-8]:tensor:full",
+    "int[2-8]:tensor:asym",
+    "uint[2-8]:tensor",
+    "uint[2-8]:tensor:asym",
+)
+ANY = Capability("float", "linear", "*", "*", 1e-3, "float weights in memory")
+ROWS = "decodes only the rows that are read"
+
+
+def _kernels() -> list[Kernel]:
+    made = []
+    if GENERATED:
+        made += [
+            Kernel(
+                "integer",
+                _claims("integer", INTEGERS, TOKENS, 1e-5, "int32", "generated for this CPU"),
+                _generated,
+                generated.fits,
+                (
+                    ("int8:channel:full", "int8:token:dynamic:full"),
+                    ("int4:group32:mirrored", "int8:token:dynamic:full"),
+                ),
+            ),
+            Kernel(
+                "decoding",
+                _claims(
+                    "decoding", INTEGERS, ("float",), 1e-5, "float32", "generated for this CPU"
+                ),
+                _generated,
+                generated.fits,
+                (("int8:channel", "float"), ("int4:group32", "float")),
+            ),
+        ]
+    # `[!ld]` leaves out what ends in `full` or `mirrored`: the kernel's own scales are for ±127.
+    made += [
         Kernel(
             "int8",
-            Capability(
-                "int8",
-                "linear",
-                "int8:channel",
-                "int8:t*[!ld]",
-                5e-3,
-                "exact integer product",
-                decoded=True,
-            ),
-            _prepare8,
-            lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_int8(x, w["weight"], w["scale"], b, s),
+            _claims("int8", ("int8:channel",), ("int8:t*[!ld]",), 5e-3, "int32", "torch"),
+            _int8,
+            proofs=(("int8:channel", "int8:token:dynamic"),),
         ),
         Kernel(
             "packed8",
-            Capability(
+            _claims(
                 "packed8",
-                "linear",
-                "int8:channel",
-                "float",
+                ("int8:channel",),
+                ("float",),
                 2e-2,
-                "bfloat16 activations",
-                decoded=True,
+                "float32",
+                "torch, bfloat16 activations",
+                (1, 16),
             ),
-            _prepare8,
-            lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed8(x, w["weight"], w["scale"], b),
+            _packed8,
             _shape8,
+            (("int8:channel", "float"),),
         ),
         Kernel(
             "packed4",
-            Capability(
+            _claims(
                 "packed4",
-                "linear",
-                "int4:group*",
-                "float",
+                ("int4:group*[0-9ld]",),
+                ("float",),
                 3e-2,
-                "bfloat16 activations",
-                decoded=True,
+                "float32",
+                "torch, bfloat16 activations",
+                (16, 32),
             ),
-            _prepare4,
-            lambda x, w, b, fmt, s: torch.ops.qc_cpu.linear_packed4(
-                x,
-                w["weight"],
-                w["scales"],
-                b,
-                x.shape[-1] // w["scales"].shape[0],
-                w["scales"].shape[1],
-            ),
+            _packed4,
             _shape4,
+            (("int4:group32", "float"),),
         ),
-        Kernel(
-            "float",
-            Capability("float", "linear", "*", "*", 1e-3, "float weights in memory"),
-            _prepare_float,
-            _call_float,
-        ),
-        Kernel(
-            "gather",
-            Capability(
-                "gather", "embedding", "*", "float", 1e-6, "decodes only the rows that are read"
-            ),
-            _prepare_float,
-            _call_float,
-        ),
+        Kernel("float", (ANY,), _float),
     ]
-)
+    return made
 
 
-@lru_cache(maxsize=len(KERNELS))
+KERNELS = {k.name: k for k in _kernels()}
+"""Kernels of linear layers by name."""
+GATHER = Capability("gather", "embedding", "*", "float", 1e-6, ROWS)
+
+
+def instructions() -> str:
+    """The instruction set that kernels are generated for; empty if none can be."""
+    return host().name if GENERATED else ""
+
+
+@lru_cache(maxsize=64)
 def self_test(name: str) -> str | None:
-    """Prove a kernel on this CPU with weights and activations at ±127; None, or what is wrong.
+    """Prove a kernel on this CPU with weights and activations at ±qmax; None, or what is wrong.
 
     This is where sums of 16 bits overflow: 255 · 127 · 2 needs 17.
     """
     kernel = KERNELS[name]
-    if name in ("float", "gather"):
-        return None
-    four = name == "packed4"
-    fmt = QFormat("int4" if four else "int8", (32,) if four else (-1,))
-    exact = name == "int8"
+    for weight, activation in kernel.proofs:
+        fmt = QFormat.parse(weight)
+        rounding = None if activation == "float" else QFormat.parse(activation)
+        if reason := _proof(kernel, fmt, rounding):
+            return reason
+    return None
+
+
+def _proof(kernel: Kernel, fmt: QFormat, activation: QFormat | None) -> str | None:
     generator = torch.Generator().manual_seed(0)
+    exact = activation is not None or kernel.tolerance < 1e-4
     for rows in (1, 17):
-        sign = torch.randint(0, 2, (64, 512), generator=generator) * 2 - 1
-        for weight in (torch.ones(64, 512, dtype=torch.int16), sign.to(torch.int16)):
-            data = weight * fmt.qmax
-            scale = torch.full(fmt.scale_shape((64, 512)), 0.5)
-            q = QTensor(data, Grid(fmt, scale))
-            x = torch.ones(rows, 512) if exact else torch.rand(rows, 512, generator=generator)
-            activation = QFormat("int8", (-1,), dynamic=True) if exact else None
+        sign = torch.randint(0, 2, (64, 512), generator=generator, dtype=torch.int16)
+        extremes = torch.where(sign == 0, fmt.qmin, fmt.qmax).to(torch.int16)
+        for data in (torch.full_like(sign, fmt.qmax), torch.full_like(sign, fmt.qmin), extremes):
+            q = QTensor(data, Grid(fmt, torch.full(fmt.scale_shape((64, 512)), 0.5)))
+            if activation is None:
+                x = rounded = torch.rand(rows, 512, generator=generator)
+            else:
+                x = torch.ones(rows, 512)
+                rounded = Grid.fit(x, activation).round(x)
             try:
-                y = kernel.call(x, kernel.prepare(q), None, activation, None)
+                y = kernel.prepare(q, None, activation, Static())(x)
             except RuntimeError as error:  # torch built without this kernel
                 return f"torch {torch.__version__} cannot run it here: {str(error).splitlines()[0]}"
-            want = x.double() @ q.dequantize(torch.float64).t()
+            want = rounded.double() @ q.dequantize(torch.float64).t()
             off = float((y.double() - want).norm() / want.norm())
             if not off <= (1e-5 if exact else 1e-2):
                 return (
-                    f"on this CPU its sums are off by {off:.1%} with weights at ±{fmt.qmax} "
-                    "(16-bit partial sums saturate without VNNI)"
+                    f"on this CPU its sums are off by {off:.1%} with weights at {fmt.qmin} and "
+                    f"{fmt.qmax} (16-bit partial sums saturate without VNNI)"
                 )
     return None

@@ -1,6 +1,6 @@
 """Put the CPU's kernels in the place of the reference's operators.
 
-linear( fakequant(x), dequantize(q, s), b )   →   linear_int8(x, q, s, b)
+linear( fakequant(x), dequantize(q, s), b )   →   qc_cpu::linear(x, pack(q, s), b)
 embedding( dequantize(q, s), ids )            →   dequantize( q[ids], s[ids] )
 """
 
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from qcompiler.backends.cpu.choose import refusals, seconds
-from qcompiler.backends.cpu.kernels import KERNELS
+from qcompiler.backends.cpu.choose import fits, refusals, seconds
+from qcompiler.backends.cpu.kernels import GATHER, KERNELS, Static
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
 from qcompiler.formats import QFormat, QTensor, Scheme
 from qcompiler.history import Effect
+from qcompiler.lowering import unrounded
 from qcompiler.passbase import Pass
 from qcompiler.program import node_id
 from qcompiler.sites import Site, sites
@@ -27,11 +28,6 @@ aten = torch.ops.aten
 qc = torch.ops.qc
 HALF = 3e-2
 """Relative error of a program whose `float` weights are held in a 16-bit type."""
-OPERATORS = {
-    "int8": torch.ops.qc_cpu.linear_int8.default,
-    "packed8": torch.ops.qc_cpu.linear_packed8.default,
-    "packed4": torch.ops.qc_cpu.linear_packed4.default,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +39,12 @@ class LowerLinear(Pass):
 
     kernel: str = "int8"
     exclude: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    """Kernels to use wherever they fit, if any: not only where they pay."""
 
     def tolerance(self, facts: Facts) -> float:
-        tolerance = KERNELS[self.kernel].capability.tolerance
-        rounded = self.kernel == "float" and facts.program.dtype.itemsize < 4
+        tolerance = KERNELS[self.kernel].tolerance
+        rounded = facts.program.dtype.itemsize < 4
         return max(tolerance, HALF) if rounded else tolerance
 
     def run(self, edit: Edit, facts: Facts) -> None:
@@ -56,18 +54,33 @@ class LowerLinear(Pass):
             if scheme is None or site.kind.x is None or site.weight.op == "placeholder":
                 continue
             stored = read(edit, site.weight)
-            if self._chosen(site, scheme, stored) == self.kernel:
+            static = self._static(edit, site)
+            if self._chosen(site, scheme, stored, static) == self.kernel:
                 edit.spend(self._reason(site, scheme), site.node)
-                self._lower(edit, facts, site, stored)
+                if self.kernel == "float" or stored is None or static is None:
+                    self._float(edit, facts, site)
+                else:
+                    self._lower(edit, facts, site, scheme, stored, static)
 
-    def _chosen(self, site: Site, scheme: Scheme, stored: QTensor | None) -> str:
-        times = seconds(site, scheme)
-        if stored is None or site.id in self.exclude or not times:
+    def _chosen(
+        self, site: Site, scheme: Scheme, stored: QTensor | None, static: Static | None
+    ) -> str:
+        if (
+            stored is None
+            or static is None
+            or site.id in self.exclude
+            or site.kind.name != "linear"
+        ):
             return "float"
+        out, width = (int(n) for n in site.weight.meta["val"].shape)
+        forced = [n for n in self.only if fits(KERNELS[n], out, width, scheme)]
+        times = {n: 0.0 for n in forced} or seconds(site, scheme)
         return min(times, key=lambda n: times[n])
 
     def _reason(self, site: Site, scheme: Scheme) -> str:
-        """`int8, 3.1 x float`, with the kernels that are out and why."""
+        """`integer, 5.1 x float`, with the kernels that are out and why."""
+        if self.only:
+            return self.kernel
         times = seconds(site, scheme)
         words = [self.kernel]
         if self.kernel != "float":
@@ -79,28 +92,36 @@ class LowerLinear(Pass):
         words += [f"{name}: {reason}" for name, reason in refusals(site, scheme).items()]
         return "; ".join(words)
 
-    def _lower(self, edit: Edit, facts: Facts, site: Site, stored: QTensor | None) -> None:
+    def _float(self, edit: Edit, facts: Facts, site: Site) -> None:
+        """Floating point numbers in the place of what decodes the weight."""
+        value = facts.value(site.weight)
+        assert value is not None
+        value = value.to(site.weight.meta["val"].dtype).contiguous()
+        stem = site.id.rpartition("/")[0] or site.id
+        new = edit.new_param(f"{stem}.weight", value, like=site.node)
+        edit.rewire(site.node, site.kind.weight, new)
+
+    def _lower(
+        self, edit: Edit, facts: Facts, site: Site, scheme: Scheme, stored: QTensor, static: Static
+    ) -> None:
         node, stem = site.node, site.id.rpartition("/")[0] or site.id
-        if self.kernel == "float":
-            value = facts.value(site.weight)
-            assert value is not None
-            value = value.to(site.weight.meta["val"].dtype).contiguous()
-            edit.rewire(node, site.kind.weight, edit.new_param(f"{stem}.weight", value, like=node))
-            return
-        assert stored is not None
-        prepared = KERNELS[self.kernel].prepare(stored)
-        params = [edit.new_param(f"{stem}.{k}", v, like=node) for k, v in prepared.items()]
-        x, x_scale = _input(site)
-        extra: list[fx.Node | int | None] = []
-        if self.kernel == "int8":
-            extra = [x_scale]
-        elif self.kernel == "packed4":
-            assert stored.format.block is not None
-            extra = [stored.format.block[0], int(stored.data.shape[0])]
-        new = edit.call(
-            OPERATORS[self.kernel], x, *params, site.bias, *extra, like=node, replaces=[node]
-        )
+        bias = None if site.bias is None else facts.value(site.bias)
+        call = KERNELS[self.kernel].prepare(stored, bias, scheme.activation, static)
+        x, *_ = unrounded(site)
+        params = [
+            None if v is None else edit.new_param(f"{stem}.{k}", v, like=node)
+            for k, v in call.parameters.items()
+        ]
+        new = edit.call(call.operator, x, *params, *call.constants, like=node, replaces=[node])
         edit.replace(node, new)
+
+    def _static(self, edit: Edit, site: Site) -> Static | None:
+        """What is known of the site's activation; None if it is rounded by what a run computes."""
+        _, scale, zero = unrounded(site)
+        values = [None if n is None else _value(edit, n) for n in (scale, zero)]
+        missing = [v is None and n is not None for v, n in zip(values, (scale, zero), strict=True)]
+        computed = site.bias is not None and edit.param_of(site.bias) is None
+        return None if any(missing) or computed else Static(*values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +134,7 @@ class LowerEmbedding(Pass):
     exclude: tuple[str, ...] = ()
 
     def tolerance(self, facts: Facts) -> float:
-        return KERNELS["gather"].capability.tolerance
+        return GATHER.tolerance
 
     def run(self, edit: Edit, facts: Facts) -> None:
         for site in sites(edit.nodes):
@@ -144,13 +165,11 @@ def _settled(edit: Edit, node: object) -> fx.Node | None:
     return edit.new_param(f"{node_id(node)}.decoded", kept.dequantize().to(dtype), like=node)
 
 
-def _input(site: Site) -> tuple[fx.Node, fx.Node | None]:
-    """(x before its rounding, static scale or None)."""
-    x = site.x
-    assert x is not None
-    if x.target is not qc.fake_quantize.default:
-        return x, None
-    source = x.args[0]
-    scale = x.args[2] if len(x.args) > 2 else None
-    assert isinstance(source, fx.Node)
-    return source, scale if isinstance(scale, fx.Node) else None
+def _value(edit: Edit, node: object) -> Tensor | None:
+    """A parameter's value; None for anything else."""
+    if not isinstance(node, fx.Node):
+        return None
+    kept = read(edit, node)
+    if kept is not None:
+        return kept.data if node.meta["val"].dtype == torch.int16 else kept.dequantize()
+    return None if edit.param_of(node) is None else edit.tensor(node)

@@ -6,6 +6,7 @@ measured anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -57,16 +58,18 @@ class Cache:
         return self._known.get(key)
 
     def put(self, key: str, value: object) -> None:
-        """Write it down at once, beside what other processes wrote meanwhile."""
+        """Write it down at once, beside what other processes wrote meanwhile. Where nothing can be
+        written it is known to this process alone."""
         self._known[key] = value
         known = self._read() | self._known
-        self._place.parent.mkdir(parents=True, exist_ok=True)
         beside = self._place.with_suffix(f".{os.getpid()}.part")
-        try:
-            beside.write_text(json.dumps({"about": self._about, "known": known}, indent=1))
-            os.replace(beside, self._place)
-        finally:
-            beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_text(json.dumps({"about": self._about, "known": known}, indent=1))
+                os.replace(beside, self._place)
+            finally:
+                beside.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, object]:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import zoo
 
 import qcompiler
-from qcompiler.backends.cpu.kernels import KERNELS, self_test
+from qcompiler.backends.cpu.kernels import KERNELS, Call, Static, self_test
 from qcompiler.check import relative_error
 from qcompiler.formats import QFormat
 from qcompiler.rounding import nearest
@@ -49,7 +50,7 @@ def test_nothing_saturates(backend: str, activation: str) -> None:
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["int8", "packed8", "packed4", "float"])
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("tokens", [0, 1, 17])
 def test_cpu_kernels(name: str, tokens: int) -> None:
     """A kernel that this CPU gets right agrees with float64; one that it does not says so."""
@@ -60,24 +61,24 @@ def test_cpu_kernels(name: str, tokens: int) -> None:
     q = nearest(torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), fmt)
     x = torch.randint(-127, 128, (tokens, 96)).float()
     x[:, 0] = 127.0  # so that the dynamic scale is exactly one
-    activation = QFormat.parse("int8:token:dynamic") if name == "int8" else None
+    rounds = name in ("int8", "integer")
+    activation = QFormat.parse("int8:token:dynamic") if rounds else None
     kernel = KERNELS[name]
-    got = kernel.call(x, kernel.prepare(q), None, activation, None).double()
+    got = kernel.prepare(q, None, activation, Static())(x).double()
     want = x.double() @ q.dequantize(torch.float64).t()
     assert got.shape == want.shape
     if tokens:
-        assert (got - want).norm() / want.norm() < kernel.capability.tolerance
+        assert (got - want).norm() / want.norm() < kernel.tolerance
 
 
 def test_a_saturating_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = KERNELS["int8"].call
+    exact = KERNELS["int8"].prepare
 
-    def saturating(*arguments: object) -> torch.Tensor:
-        return exact(*arguments).clamp(-1e3, 1e3)  # type: ignore[arg-type]
+    def saturating(*arguments: object) -> Call:
+        call = exact(*arguments)  # type: ignore[arg-type]
+        return replace(call, operator=lambda *a: call.operator(*a).clamp(-1e3, 1e3))
 
-    from dataclasses import replace
-
-    monkeypatch.setitem(KERNELS, "int8", replace(KERNELS["int8"], call=saturating))
+    monkeypatch.setitem(KERNELS, "int8", replace(KERNELS["int8"], prepare=saturating))
     self_test.cache_clear()
     reason = self_test("int8")
     self_test.cache_clear()

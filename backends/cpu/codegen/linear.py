@@ -1,0 +1,103 @@
+"""The kernel of a linear layer: tiles of `tile.py` over all tokens and outputs, in threads.
+
+Each thread has outputs of its own and sums them in one order, so that no result depends on how many
+there are. Blocks of outputs are the outer loop: a block's weights are read from memory once, for
+all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from llvmlite import ir
+
+from qcompiler.backends.cpu.codegen.emit import Code, Value
+from qcompiler.backends.cpu.codegen.frame import Kernel, entry, share
+from qcompiler.backends.cpu.codegen.isa import Isa
+from qcompiler.backends.cpu.codegen.layout import CHUNK
+from qcompiler.backends.cpu.codegen.tile import NUMBERS, POINTERS, Spec, Tile
+
+SIZES = (*NUMBERS, "tokens", "blocks")
+TILES = {
+    "vnni": ((6, 2), (4, 2), (2, 2), (1, 4)),
+    "avx2": ((4, 1), (2, 1), (1, 2)),
+    "neon": ((4, 1), (2, 1), (1, 1)),
+    "plain": ((2, 1), (1, 1)),
+}
+"""Instruction set → (tokens, blocks) of a tile, large first: as registers and what was measured
+allow."""
+
+
+@lru_cache(maxsize=256)
+def linear(isa: Isa, spec: Spec) -> Kernel:
+    """The kernel for `spec`. Frame: POINTERS, SIZES, threads."""
+    return Kernel(module(isa, spec), isa)
+
+
+def module(isa: Isa, spec: Spec) -> ir.Module:
+    """Its IR."""
+    made = ir.Module("linear")
+    sizes = TILES[isa.name]
+    tiles = {size: Tile(made, isa, spec, *size).function for size in sizes}
+    for tokens, _ in sizes:
+        if (tokens, 1) not in tiles:
+            tiles[tokens, 1] = Tile(made, isa, spec, tokens, 1).function
+    loops = _Loops(spec, sizes, tiles)
+    entry(made, SIZES, POINTERS, loops.write)
+    return made
+
+
+class _Loops:
+    """Tiles over tokens and blocks."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        sizes: tuple[tuple[int, int], ...],
+        tiles: Mapping[tuple[int, int], ir.Function],
+    ) -> None:
+        self._spec, self._sizes, self._tiles = spec, sizes, tiles
+        self._wide = max(blocks for _, blocks in sizes)
+
+    def write(self, code: Code, given: Mapping[str, Value], thread: Value, threads: Value) -> None:
+        """The blocks of one thread: as many at a time as the widest tile has, then one by one."""
+        start, end = share(code, given["blocks"], thread, threads)
+        span = code.mul(code.div(code.add(end, code.mul(start, -1)), self._wide), self._wide)
+        middle = code.add(start, span)
+        with code.loop(start, middle, self._wide) as block:
+            self._tokens(code, given, block, self._wide)
+        with code.loop(middle, end) as block:
+            self._tokens(code, given, block, 1)
+
+    def _tokens(self, code: Code, given: Mapping[str, Value], block: Value, wide: int) -> None:
+        """All tokens by these blocks: large tiles, then smaller ones for the rest."""
+        start = code.i64(0)
+        for tokens, blocks in self._sizes:
+            blocks = min(blocks, wide)
+            left = code.add(given["tokens"], code.mul(start, -1))
+            end = code.add(start, code.mul(code.div(left, tokens), tokens))
+            for part in range(0, wide, blocks):
+                with code.loop(start, end, tokens) as token:
+                    tile = self._tiles[tokens, blocks]
+                    arguments = self._arguments(code, given, token, code.add(block, part))
+                    code.b.call(tile, arguments)
+            start = end
+
+    def _arguments(
+        self, code: Code, given: Mapping[str, Value], token: Value, block: Value
+    ) -> list[Value]:
+        chunks, spec = given["chunks"], self._spec
+        groups = code.div(chunks, spec.group // CHUNK) if spec.group else code.i64(1)
+        strides = {
+            "y": code.add(code.mul(token, given["y_stride"]), code.mul(block, 64)),
+            "x": code.mul(token, given["x_stride"]),
+            "total": code.mul(token, code.mul(groups, 4)),
+            "x_scale": code.mul(token, 4),
+            "weight": code.mul(block, code.mul(chunks, 64 * spec.bits)),
+            "scale": code.mul(block, code.mul(groups, spec.side_bytes)),
+            "zero": code.mul(block, code.mul(groups, 64)),
+            "bias": code.mul(block, 64),
+        }
+        places = [code.at(given[name], strides[name]) for name in POINTERS]
+        return [*places, *(given[name] for name in NUMBERS)]

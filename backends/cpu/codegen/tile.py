@@ -1,0 +1,230 @@
+"""One tile of a product: a few tokens by a few blocks of 16 outputs, over all inputs.
+
+    y[m, n] = sx[m] Σ_g s[n, g] (Σ_{k in g} u[n, k] x[m, k] - z[n, g] Σ_{k in g} x[m, k]) + b[n]
+
+with unsigned codes u, a scale s and a zero point z for each group g of inputs. Symmetric formats
+have the same z for all, which is where the sums begin; other zero points come as products s z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from llvmlite import ir
+
+from qcompiler.backends.cpu.codegen.dots import Dots, dots
+from qcompiler.backends.cpu.codegen.emit import (
+    FLOAT,
+    HALF,
+    I16,
+    I32,
+    I64,
+    PTR,
+    Code,
+    Value,
+    Variable,
+    function,
+    vector,
+)
+from qcompiler.backends.cpu.codegen.isa import Isa
+from qcompiler.backends.cpu.codegen.layout import CHUNK, PLANES, STEPS
+from qcompiler.backends.cpu.codegen.products import Products
+
+POINTERS = ("y", "x", "total", "x_scale", "weight", "scale", "zero", "bias")
+"""What a tile is given by address; `total` are the sums of inputs by token and group."""
+NUMBERS = ("chunks", "x_stride", "y_stride")
+"""… and by value: chunks of 32 inputs; bytes from one token to the next."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is made for."""
+
+    bits: int
+    group: int
+    """Inputs that share a scale, a multiple of 32; 0 is all of them."""
+    half: bool = False
+    """Scales are stored in 16 bits."""
+    zeros: bool = False
+    """Each group has a zero point, which comes as the product s z in float32."""
+    floating: bool = False
+    """Activations are float32, not int8."""
+
+    @property
+    def unit(self) -> int:
+        """Steps of four inputs whose codes lie in the same vectors."""
+        return 8 // min(PLANES[self.bits])
+
+    @property
+    def side(self) -> ir.Type:
+        """Type of a stored scale."""
+        return HALF if self.half else FLOAT
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of the scales of one group of a block."""
+        return 32 if self.half else 64
+
+
+Cell = tuple[int, int, int]
+"""Token, block, vector in the block."""
+
+
+class Tile:
+    """Writes the function that computes one tile."""
+
+    def __init__(self, module: ir.Module, isa: Isa, spec: Spec, tokens: int, blocks: int) -> None:
+        self.isa, self.spec, self.tokens, self.blocks = isa, spec, tokens, blocks
+        kinds = [PTR] * len(POINTERS) + [I64] * len(NUMBERS)
+        name = f"tile_{tokens}x{blocks}"
+        self.function = function(module, name, kinds, inline=True)
+        self.given = dict(zip((*POINTERS, *NUMBERS), self.function.args, strict=True))
+        self.code = Code(self.function)
+        self.vectors = 64 // isa.bytes
+        self.cells = [(m, *place) for m in range(tokens) for place in self._places]
+        made: type[Dots] | type[Products] = Products if spec.floating else dots(isa, spec.bits)
+        self.sums = made(self.code, isa, spec.bits, list(self.cells))
+        self.floats = {cell: self._float() for cell in self.cells}
+        self._write()
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        return [(n, v) for n in range(self.blocks) for v in range(self.vectors)]
+
+    def _float(self) -> Variable:
+        return self.code.variable(vector(FLOAT, self.isa.lanes))
+
+    def _write(self) -> None:
+        code, chunks = self.code, self.given["chunks"]
+        size: int | Value = self.spec.group // CHUNK or chunks
+        groups = code.div(chunks, size)
+        with code.loop(0, groups) as group:
+            self._begin(group, groups)
+            first = code.mul(group, size)
+            with code.loop(first, code.add(first, size)) as chunk:
+                self._chunk(chunk)
+            self._fold(group, groups)
+        self._finish()
+        code.b.ret_void()
+
+    def _begin(self, group: Value, groups: Value) -> None:
+        zero = 0 if self.spec.zeros else 1 << (self.spec.bits - 1)
+        for m in range(self.tokens):
+            cells = [(m, *place) for place in self._places]
+            self.sums.start(cells, self._total(m, group, groups), zero)
+
+    def _total(self, m: int, group: Value, groups: Value) -> Value:
+        place = self.code.add(group, self.code.mul(groups, m))
+        return self.code.load(self.sums.number, self.given["total"], self.code.mul(place, 4))
+
+    def _chunk(self, chunk: Value) -> None:
+        self.sums.open()
+        unit = self.spec.unit
+        # A loop and not a list of instructions: LLVM would reorder them and run out of registers.
+        with self.code.loop(0, STEPS // unit) as number:
+            self._unit(chunk, number)
+        self.sums.close()
+
+    def _unit(self, chunk: Value, number: Value) -> None:
+        code, unit = self.code, self.spec.unit
+        steps = code.add(code.mul(chunk, STEPS), code.mul(number, unit))
+        at = code.mul(steps, self.sums.step)
+        codes = self._codes(chunk, number)
+        for step in range(unit):
+            weights = {p: self.sums.weights(codes(step, *p)) for p in self._places}
+            for m in range(self.tokens):
+                offset = code.add(at, code.mul(self.given["x_stride"], m), step * self.sums.step)
+                x = self.sums.inputs(self.given["x"], offset)
+                for place in self._places:
+                    self.sums.add((m, *place), weights[place], x)
+
+    def _codes(self, chunk: Value, number: Value) -> Callable[[int, int, int], Value]:
+        """(step in the unit, block, vector) → codes of 4 inputs in the 4 bytes of each lane."""
+        code, b = self.code, self.code.b
+        bits, lanes = self.spec.bits, self.isa.lanes
+        base = code.mul(chunk, 64 * bits)
+        block = code.mul(self.given["chunks"], 64 * bits)
+        loaded: dict[tuple[int, int, int], Value] = {}
+
+        def plane(start: int, width: int, step: int, n: int, v: int) -> Value:
+            """Vectors of a plane of `width` bits begin 64 · `start` bytes into the chunk."""
+            index, shift = divmod(step, 8 // width)
+            key = (start + index, n, v)
+            if key not in loaded:
+                rest = code.mul(number, 64 * (self.spec.unit * width // 8))
+                offset = code.add(base, code.mul(block, n), rest, 64 * key[0] + v * self.isa.bytes)
+                loaded[key] = code.load(vector(I32, lanes), self.given["weight"], offset)
+            value = loaded[key]
+            if width == 8:
+                return value
+            if shift:
+                value = b.lshr(value, code.constant(I32, shift * width, lanes))
+            return b.and_(value, code.constant(I32, ((1 << width) - 1) * 0x01010101, lanes))
+
+        def codes(step: int, n: int, v: int) -> Value:
+            total, start = None, 0
+            for width in PLANES[bits]:
+                part = plane(start, width, step, n, v)
+                if total is not None:
+                    part = b.or_(total, b.shl(part, code.constant(I32, start, lanes)))
+                total, start = part, start + width
+            return total
+
+        return codes
+
+    def _fold(self, group: Value, groups: Value) -> None:
+        """y += s · sums - s z · total"""
+        code, spec = self.code, self.spec
+        kind = vector(FLOAT, self.isa.lanes)
+        for n, v in self._places:
+            place = code.add(code.mul(groups, n), group)
+            offset = code.add(code.mul(place, spec.side_bytes), v * spec.side_bytes // self.vectors)
+            scale = code.load(vector(spec.side, self.isa.lanes), self.given["scale"], offset)
+            if spec.half:
+                scale = _widened(code, scale, self.isa)
+            zero = None
+            if spec.zeros:
+                offset = code.add(code.mul(place, 64), v * self.isa.bytes)
+                zero = code.b.fneg(code.load(kind, self.given["zero"], offset))
+            for m in range(self.tokens):
+                cell = self.floats[m, n, v]
+                cell.set(code.fma(self.sums.value((m, n, v)), scale, cell.get()))
+                if zero is not None:
+                    total = self._total(m, group, groups)
+                    if not spec.floating:
+                        total = code.b.sitofp(total, FLOAT)
+                    cell.set(code.fma(code.splat(total, self.isa.lanes), zero, cell.get()))
+
+    def _finish(self) -> None:
+        """y = y · sx + b"""
+        code, lanes = self.code, self.isa.lanes
+        for m in range(self.tokens):
+            if not self.spec.floating:
+                factor = code.splat(code.load(FLOAT, self.given["x_scale"], 4 * m), lanes)
+            for n, v in self._places:
+                offset = 64 * n + v * self.isa.bytes
+                value = self.floats[m, n, v].get()
+                bias = code.load(vector(FLOAT, lanes), self.given["bias"], offset)
+                if self.spec.floating:
+                    value = code.b.fadd(value, bias)
+                else:
+                    value = code.fma(value, factor, bias)
+                code.store(
+                    value, self.given["y"], code.add(code.mul(self.given["y_stride"], m), offset)
+                )
+
+
+def _widened(code: Code, half: Value, isa: Isa) -> Value:
+    """float16 to float32. Where there is no instruction LLVM would call a function for each: there
+    it is the bits, moved to their place, times 2^112."""
+    b, lanes = code.b, isa.lanes
+    kind = vector(FLOAT, lanes)
+    if {"f16c", "neon"} & set(isa.features):
+        return b.fpext(half, kind)
+    bits = b.zext(b.bitcast(half, vector(I16, lanes)), vector(I32, lanes))
+    size = b.shl(b.and_(bits, code.constant(I32, 0x7FFF, lanes)), code.constant(I32, 13, lanes))
+    sign = b.shl(b.and_(bits, code.constant(I32, 0x8000, lanes)), code.constant(I32, 16, lanes))
+    value = b.bitcast(b.or_(size, sign), kind)
+    return b.fmul(value, code.constant(FLOAT, 2.0**112, lanes))
