@@ -26,6 +26,7 @@ from qcompiler.recipe import DEFAULT, Recipe, load_recipe
 from qcompiler.registry import get_backend, make_passes
 from qcompiler.samples import Flat, check_inputs
 from qcompiler.show.account import Account
+from qcompiler.sites import sites
 from qcompiler.spec import PassSpec
 from qcompiler.store import About, read, save
 from qcompiler.stored import bits_per_weight
@@ -209,7 +210,9 @@ def lower(
             continue
         steps = result.history[len(program.history) :]
         refused = {r.nodes[0]: r.why for s in steps for r in s.skipped} | excluded
-        kernels = {e.nodes[0]: e.why for s in steps for e in s.edits}
+        places = {site.id for site in sites(program.nodes)}
+        edits = [e for s in steps for e in s.edits if e.nodes[0] in places]
+        kernels = {e.nodes[0]: e.why for e in edits}
         notes = tuple(f"{id}: {why}" for id, why in excluded.items())
         return Lowered(replace(result, history=program.history), kernels, refused), notes
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from qcompiler.backend import Backend, Capability
-from qcompiler.backends.cpu.kernels import GATHER, KERNELS, self_test
+from qcompiler.backends.cpu.kernels import GATHER, GENERATED, KERNELS, self_test
 from qcompiler.backends.cpu.lower import LowerEmbedding, LowerLinear
 from qcompiler.formats import Scheme
 from qcompiler.passbase import Pass
@@ -45,7 +45,17 @@ class CpuBackend(Backend):
         return (
             *(LowerLinear(kernel=n, exclude=left, only=only, optional=True) for n in KERNELS),
             LowerEmbedding(exclude=left, optional=True),
+            *_fused(left),
         )
+
+
+def _fused(left: tuple[str, ...]) -> tuple[Pass, ...]:
+    """What fewer and larger calls are made by."""
+    if not GENERATED:
+        return ()
+    from qcompiler.backends.cpu.fuse import FuseBefore, FuseResidual, LowerRope, MergeLinears
+
+    return tuple(cls(exclude=left) for cls in (MergeLinears, FuseBefore, FuseResidual, LowerRope))
 
 
 def _shape(name: str, site: Site, scheme: Scheme) -> str | None:

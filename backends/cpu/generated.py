@@ -1,12 +1,13 @@
 """`qc_cpu::linear`: a linear layer by kernels that are generated for its format and this CPU.
 
-    y = x̂ Ŵᵀ + b        Ŵ: packed codes, x̂: x rounded for each token, or x itself
+    y = x̂ Ŵᵀ + b + residual        Ŵ: packed codes, x̂: before(x), rounded for each token or not
 
 With rounded activations the products are sums of integers, exact; see `codegen/` for the kernels.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.cpu.codegen import layout
+from qcompiler.backends.cpu.codegen.before import Before
 from qcompiler.backends.cpu.codegen.frame import Kernel
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.linear import linear as linear_kernel
+from qcompiler.backends.cpu.codegen.rope import rope as rope_kernel
 from qcompiler.backends.cpu.codegen.rows import Rounding, rows
 from qcompiler.backends.cpu.codegen.tile import Spec
 from qcompiler.formats import QFormat, QTensor
@@ -34,7 +37,8 @@ LINE = 64
 _library = torch.library.Library("qc_cpu", "FRAGMENT")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor bias, Tensor? x_scale,"
-    " Tensor? x_zero, str format, str activation, int out) -> Tensor"
+    " Tensor? x_zero, str format, str activation, int out, *, str before='', Tensor? other=None,"
+    " Tensor? gain=None, Tensor? shift=None, Tensor? residual=None) -> Tensor"
 )
 
 
@@ -111,24 +115,34 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _plan(
-    weight: QFormat, activation: str, half: bool, zeros: bool, static: bool, isa: str
+    format: str,
+    activation: str,
+    before: str,
+    half: bool,
+    zeros: bool,
+    static: bool,
+    residual: bool,
+    isa: str,
 ) -> Plan:
+    weight = QFormat.parse(format)
     group, floating = group_of(weight), activation == "float"
-    rounding = Rounding(group, floating=True)
+    first = Before.parse(before)
+    rounding = Rounding(group, floating=True, before=first)
     if not floating:
         fmt = QFormat.parse(activation)
         lower = 0 if fmt.signed else 128
         rounding = Rounding(
-            group, fmt.qmin - lower, fmt.qmax - lower, fmt.top, fmt.clip, static=static
+            group,
+            fmt.qmin - lower,
+            fmt.qmax - lower,
+            fmt.top,
+            fmt.clip,
+            static=static,
+            before=first,
         )
-    spec = Spec(weight.bits, group, half, zeros, floating)
-    return Plan(
-        rows(host(), rounding),
-        linear_kernel(host(), spec),
-        group,
-        group or layout.CHUNK,
-        floating,
-    )
+    spec = Spec(weight.bits, group, half, zeros, floating, residual)
+    unit = group or layout.CHUNK
+    return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating)
 
 
 def linear(
@@ -142,22 +156,32 @@ def linear(
     format: str,
     activation: str,
     out: int,
+    *,
+    before: str = "",
+    other: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = x̂ Ŵᵀ + b, x (…, in) floating point, `weight`, `scale` and `zero` as `pack` makes them.
+    """y = x̂ Ŵᵀ + b + residual, x̂ = round(before(x)).
 
-    `activation` is `float`, or a format of one scale for each token (found here) or for all (given
-    as `x_scale`, with the zero point of unsigned codes less 128 as `x_zero`, whose part in y is in
-    `bias` already). `bias` is padded to whole blocks of 16 outputs.
+    x (…, in) floating point; `weight`, `scale` and `zero` as `pack` makes them; `bias` is padded to
+    whole blocks of 16 outputs. `activation` is `float`, or a format of one scale for each token
+    (found here) or for all (given as `x_scale`, with the zero point of unsigned codes less 128 as
+    `x_zero`, whose part in y is in `bias` already). `before` is one of `codegen/before.py`, with
+    what it takes: `other` of the shape of x, `gain` and `shift` (in,).
     """
     width = x.shape[-1]
-    source = x.reshape(-1, width).float().contiguous()
-    tokens = source.shape[0]
+    source, x_stride = _by_rows(x)
+    tokens = source.numel() // width
     how = _plan(
-        QFormat.parse(format),
+        format,
         activation,
+        before,
         scale.dtype == torch.float16,
         zero is not None,
         x_scale is not None,
+        residual is not None,
         host().name,
     )
     full = layout.padded(width, how.unit)
@@ -165,41 +189,85 @@ def linear(
     stride = full * (4 if how.floating else 1) + LINE
     blocks = weight.shape[0]
     threads = torch.get_num_threads() if tokens * width * out > ALONE else 1
-    codes = torch.empty(tokens * stride, dtype=torch.uint8)
-    totals = torch.empty(tokens * groups, dtype=torch.int32)
-    scales = torch.empty(tokens) if x_scale is None else x_scale.flatten().repeat(tokens)
-    y = torch.empty(tokens, blocks * layout.OUTPUTS)
-    shift = 0 if x_zero is None else x_zero.data_ptr()
+    members = threads if tokens * width > ALONE_ROWS else 1
+    codes = _scratch(tokens * (stride + 4 * groups + 4) + 4 * full * members)
+    totals = codes + tokens * stride
+    scales = totals + 4 * tokens * groups
+    work = scales + 4 * tokens
+    repeated = None if x_scale is None else x_scale.flatten().repeat(tokens)
+    if repeated is not None:
+        scales = repeated.data_ptr()
+    padded = blocks * layout.OUTPUTS
+    y = torch.empty(*x.shape[:-1], padded)
+    second, other_stride = (source, x_stride) if other is None else _by_rows(other)
+    more, more_stride = (y, 0) if residual is None else _by_rows(residual)
     how.rows(
-        *(t.data_ptr() for t in (source, codes, scales, totals)),
-        shift,
-        *(tokens, width, 4 * width, stride, chunks),
-        threads if tokens * width > ALONE_ROWS else 1,
-    )
+        source.data_ptr(), codes, scales, totals, _address(x_zero), second.data_ptr(),
+        _address(gain), _address(shift), work,
+        tokens, width, x_stride, stride, chunks, other_stride, members,
+    )  # fmt: skip
     how.product(
-        *(t.data_ptr() for t in (y, codes, totals, scales, weight, scale)),
-        0 if zero is None else zero.data_ptr(),
-        *(bias.data_ptr(), chunks, stride, 4 * y.shape[1], tokens, blocks, threads),
+        y.data_ptr(), codes, totals, scales, weight.data_ptr(), scale.data_ptr(),
+        _address(zero), bias.data_ptr(), more.data_ptr(),
+        chunks, stride, 4 * padded, more_stride, tokens, blocks, threads,
+    )  # fmt: skip
+    if padded != out:
+        y = y[..., :out].contiguous()
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _by_rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` in float32 as rows that lie one like the other, and the bytes from one to the next."""
+    x = x if x.dtype == torch.float32 else x.float()
+    shape, strides = x.shape, x.stride()
+    even = all(
+        strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.ndim - 2)
     )
-    if y.shape[1] != out:
-        y = y[:, :out].contiguous()
-    return y.to(x.dtype).reshape(*x.shape[:-1], out)
+    if strides[-1] != 1 or not even:
+        x = x.contiguous()
+    return x, 4 * (x.stride(-2) if x.ndim > 1 else x.shape[-1])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+_own = threading.local()
+
+
+def _scratch(size: int) -> int:
+    """Address of memory that this thread may use until it asks again."""
+    held: Tensor | None = getattr(_own, "scratch", None)
+    if held is None or held.numel() < size:
+        held = _own.scratch = torch.empty(size, dtype=torch.uint8)
+    return held.data_ptr()
 
 
 def _shape(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor,
-    x_scale: Tensor | None,
-    x_zero: Tensor | None,
-    format: str,
-    activation: str,
-    out: int,
+    x: Tensor, *parameters: Tensor | str | int | None, **others: Tensor | str | None
 ) -> Tensor:
+    out = parameters[-1]
+    assert isinstance(out, int)
     return x.new_empty((*x.shape[:-1], out))
 
 
 _library.impl("linear", linear, "CPU")
 torch.library.register_fake("qc_cpu::linear", _shape, lib=_library)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`qc::rope` of halves: x (batch, heads, tokens, d) float32, cos and sin broadcast to it."""
+    y = torch.empty_like(x)
+    parts = [p if p.stride(-1) == 1 else p.contiguous() for p in (x, cos, sin)]
+    wide = [y, parts[0], *(p.expand(x.shape) for p in parts[1:])]
+    strides = [4 * n for p in wide for n in p.stride()[:-1]]
+    threads = torch.get_num_threads() if x.numel() > ALONE_ROWS else 1
+    rope_kernel(host())(
+        *(p.data_ptr() for p in wide), *x.shape[:-1], x.shape[-1] // 2, *strides, threads
+    )
+    return y
+
+
+_library.define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+_library.impl("rope", rope, "CPU")
+torch.library.register_fake("qc_cpu::rope", lambda x, cos, sin: torch.empty_like(x), lib=_library)

@@ -7,6 +7,7 @@ that threads are handed it as it is. Its last number is how many threads may wor
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Mapping, Sequence
 
 from llvmlite import ir
@@ -69,10 +70,12 @@ def share(code: Code, count: Value, thread: Value, threads: Value) -> tuple[Valu
 class Kernel:
     """A compiled frame function."""
 
-    def __init__(self, module: ir.Module, isa: Isa) -> None:
+    def __init__(self, module: ir.Module, isa: Isa, size: int) -> None:
+        """`size`: numbers in a frame."""
         (address,) = compiled(module, isa, (ENTRY,))
-        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address)
+        self._pack = struct.Struct(f"{size}q").pack
 
     def __call__(self, *frame: int) -> None:
         """Run on this frame: addresses, sizes, threads."""
-        self._run((ctypes.c_int64 * len(frame))(*frame))
+        self._run(self._pack(*frame))

@@ -32,7 +32,7 @@ allow."""
 @lru_cache(maxsize=256)
 def linear(isa: Isa, spec: Spec) -> Kernel:
     """The kernel for `spec`. Frame: POINTERS, SIZES, threads."""
-    return Kernel(module(isa, spec), isa)
+    return Kernel(module(isa, spec), isa, len(POINTERS) + len(SIZES) + 1)
 
 
 def module(isa: Isa, spec: Spec) -> ir.Module:
@@ -98,6 +98,7 @@ class _Loops:
             "scale": code.mul(block, code.mul(groups, spec.side_bytes)),
             "zero": code.mul(block, code.mul(groups, 64)),
             "bias": code.mul(block, 64),
+            "residual": code.add(code.mul(token, given["residual_stride"]), code.mul(block, 64)),
         }
         places = [code.at(given[name], strides[name]) for name in POINTERS]
         return [*places, *(given[name] for name in NUMBERS)]

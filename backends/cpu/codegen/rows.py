@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
+from qcompiler.backends.cpu.codegen.before import Before, Row
 from qcompiler.backends.cpu.codegen.emit import (
     FLOAT,
     I8,
@@ -30,8 +31,9 @@ from qcompiler.backends.cpu.codegen.frame import Kernel, entry, share
 from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.backends.cpu.codegen.layout import CHUNK
 
-POINTERS = ("x", "q", "scale", "total", "zero")
-SIZES = ("tokens", "width", "x_stride", "q_stride", "chunks")
+POINTERS = ("x", "q", "scale", "total", "zero", "other", "gain", "shift", "work")
+"""The last four are for what stands before; `work` holds a row for each thread."""
+SIZES = ("tokens", "width", "x_stride", "q_stride", "chunks", "other_stride")
 """Numbers in a row; bytes from one row to the next; chunks of 32 in a padded row."""
 TINY = 1.1754943508222875e-38
 """float32's smallest normal number."""
@@ -51,13 +53,15 @@ class Rounding:
     """Scales are given, and so may be a zero point for all tokens."""
     floating: bool = False
     """Nothing is rounded: rows are copied, with their sums."""
+    before: Before | None = None
+    """What is done to rows first."""
 
 
 @lru_cache(maxsize=256)
 def rows(isa: Isa, rounding: Rounding) -> Kernel:
     """The kernel. Frame: POINTERS, SIZES, threads. Static scales stand in `scale` for each token;
     `zero` is the address of one float32, or 0."""
-    return Kernel(module(isa, rounding), isa)
+    return Kernel(module(isa, rounding), isa, len(POINTERS) + len(SIZES) + 1)
 
 
 def module(isa: Isa, rounding: Rounding) -> ir.Module:
@@ -82,10 +86,27 @@ class _Rows:
         zero = self._zero(code, given)
         with code.loop(start, end) as token:
             row = code.at(given["x"], code.mul(token, given["x_stride"]))
+            if self._how.before is not None:
+                row = self._made(code, given, token, row, thread, self._how.before)
             padding = self._padding(code, given, token, zero)
             self._tail(code, given, row, tail, padding)
             scale = None if self._how.floating else self._scale(code, given, token, row, tail)
             self._groups(code, given, token, row, tail, padding, scale, zero)
+
+    def _made(
+        self,
+        code: Code,
+        given: Mapping[str, Value],
+        token: Value,
+        row: Value,
+        thread: Value,
+        before: Before,
+    ) -> Value:
+        """The row behind what stands before the product."""
+        work = code.at(given["work"], code.mul(thread, code.mul(given["chunks"], 4 * CHUNK)))
+        other = code.at(given["other"], code.mul(token, given["other_stride"]))
+        Row(code, self._isa, given, row).write(before, other, work)
+        return work
 
     def _zero(self, code: Code, given: Mapping[str, Value]) -> Value | None:
         """The zero point in each lane; None if there can be none."""

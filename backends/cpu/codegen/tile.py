@@ -32,9 +32,9 @@ from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.backends.cpu.codegen.layout import CHUNK, PLANES, STEPS
 from qcompiler.backends.cpu.codegen.products import Products
 
-POINTERS = ("y", "x", "total", "x_scale", "weight", "scale", "zero", "bias")
+POINTERS = ("y", "x", "total", "x_scale", "weight", "scale", "zero", "bias", "residual")
 """What a tile is given by address; `total` are the sums of inputs by token and group."""
-NUMBERS = ("chunks", "x_stride", "y_stride")
+NUMBERS = ("chunks", "x_stride", "y_stride", "residual_stride")
 """… and by value: chunks of 32 inputs; bytes from one token to the next."""
 
 
@@ -51,6 +51,8 @@ class Spec:
     """Each group has a zero point, which comes as the product s z in float32."""
     floating: bool = False
     """Activations are float32, not int8."""
+    residual: bool = False
+    """Something of the shape of y is added to it."""
 
     @property
     def unit(self) -> int:
@@ -198,7 +200,7 @@ class Tile:
                     cell.set(code.fma(code.splat(total, self.isa.lanes), zero, cell.get()))
 
     def _finish(self) -> None:
-        """y = y · sx + b"""
+        """y = y · sx + b + residual"""
         code, lanes = self.code, self.isa.lanes
         for m in range(self.tokens):
             if not self.spec.floating:
@@ -211,6 +213,10 @@ class Tile:
                     value = code.b.fadd(value, bias)
                 else:
                     value = code.fma(value, factor, bias)
+                if self.spec.residual:
+                    place = code.add(code.mul(self.given["residual_stride"], m), offset)
+                    more = code.load(vector(FLOAT, lanes), self.given["residual"], place)
+                    value = code.b.fadd(value, more)
                 code.store(
                     value, self.given["y"], code.add(code.mul(self.given["y_stride"], m), offset)
                 )

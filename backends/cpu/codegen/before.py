@@ -1,0 +1,165 @@
+"""What stands before a linear layer, done on each row as it is made ready for the product.
+
+==============  =============================================================================
+`rms_norm`      x / √(mean x² + ε) · gain                       (Zhang and Sennrich 2019)
+`layer_norm`    (x - mean x) / √(var x + ε) · gain + shift
+`silu_mul`      x / (1 + e^-x) · other                          (SwiGLU, Shazeer 2020)
+`gelu`          x Φ(x), the error function by Abramowitz and Stegun 7.1.26, |error| < 2e-7
+`gelu_tanh`     x / (1 + e^-2u), u = √(2/π) (x + 0.044715 x³)
+==============  =============================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from qcompiler.backends.cpu.codegen.emit import FLOAT, I32, Code, Value, Variable, vector
+from qcompiler.backends.cpu.codegen.isa import Isa
+
+Part = Callable[[Value, int], None]
+"""(byte offset, lanes): what is done with these numbers of a row."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """Which of them."""
+
+    name: str
+    eps: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Before | None:
+        """`rms_norm:1e-05`, `gelu`, or nothing."""
+        name, _, eps = text.partition(":")
+        return cls(name, float(eps or 0)) if name else None
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.eps!r}" if self.eps else self.name
+
+
+class Row:
+    """Writes the code that makes one row in `work`."""
+
+    def __init__(self, code: Code, isa: Isa, given: Mapping[str, Value], row: Value) -> None:
+        self.code, self.isa, self.given, self.row = code, isa, given, row
+
+    def write(self, before: Before, other: Value, work: Value) -> None:
+        """`other` is the second row, where there is one."""
+        if before.name in ("rms_norm", "layer_norm"):
+            self._norm(before, work)
+            return
+        function = {"silu_mul": self._silu, "gelu": self._gelu, "gelu_tanh": self._gelu_tanh}
+
+        def part(offset: Value, lanes: int) -> None:
+            value = function[before.name](self._load(self.row, offset, lanes))
+            if before.name == "silu_mul":
+                value = self.code.b.fmul(value, self._load(other, offset, lanes))
+            self.code.store(value, work, offset)
+
+        self._each(part)
+
+    def _norm(self, before: Before, work: Value) -> None:
+        code, b = self.code, self.code.b
+        count = b.uitofp(self.given["width"], FLOAT)
+        centred = before.name == "layer_norm"
+        mean = b.fdiv(self._sum(lambda x: x), count) if centred else ir.Constant(FLOAT, 0.0)
+
+        def less(x: Value) -> Value:
+            return b.fsub(x, code.splat(mean, x.type.count)) if centred else x
+
+        squares = self._sum(lambda x: b.fmul(less(x), less(x)))
+        power = b.fadd(b.fdiv(squares, count), ir.Constant(FLOAT, before.eps))
+        root = code.call("llvm.sqrt.f32", FLOAT, power)
+        factor = b.fdiv(ir.Constant(FLOAT, 1.0), root)
+
+        def part(offset: Value, lanes: int) -> None:
+            value = b.fmul(less(self._load(self.row, offset, lanes)), code.splat(factor, lanes))
+            value = b.fmul(value, self._load(self.given["gain"], offset, lanes))
+            if centred:
+                value = b.fadd(value, self._load(self.given["shift"], offset, lanes))
+            code.store(value, work, offset)
+
+        self._each(part)
+
+    def _load(self, row: Value, offset: Value, lanes: int) -> Value:
+        return self.code.load(vector(FLOAT, lanes), row, offset)
+
+    def _each(self, part: Part) -> None:
+        """All numbers of a row, by vectors, and what is left one by one."""
+        code, lanes = self.code, self.isa.lanes
+        whole = code.mul(code.div(self.given["width"], lanes), lanes)
+        with code.loop(0, whole, lanes) as i:
+            part(code.mul(i, 4), lanes)
+        with code.loop(whole, self.given["width"]) as i:
+            part(code.mul(i, 4), 1)
+
+    def _sum(self, of: Callable[[Value], Value]) -> Value:
+        totals: dict[int, Variable] = {}
+        for lanes in (self.isa.lanes, 1):
+            totals[lanes] = self.code.variable(vector(FLOAT, lanes))
+
+        def part(offset: Value, lanes: int) -> None:
+            total = totals[lanes]
+            total.set(self.code.b.fadd(total.get(), of(self._load(self.row, offset, lanes))))
+
+        for total in totals.values():  # a variable keeps what the row before left in it
+            total.set(ir.Constant(total.get().type, None))
+        self._each(part)
+        wide, rest = (self.code.total(totals[lanes].get()) for lanes in (self.isa.lanes, 1))
+        return self.code.b.fadd(wide, rest)
+
+    # -- functions of a vector ----------------------------------------------------------------
+
+    def _silu(self, x: Value) -> Value:
+        return self._over_one_plus_exp(x, self.code.b.fneg(x))
+
+    def _gelu_tanh(self, x: Value) -> Value:
+        b = self.code.b
+        cubic = b.fmul(b.fmul(x, x), self._number(0.044715, x))
+        inner = b.fmul(x, b.fadd(cubic, self._number(1.0, x)))
+        return self._over_one_plus_exp(
+            x, b.fmul(inner, self._number(-2 * math.sqrt(2 / math.pi), x))
+        )
+
+    def _gelu(self, x: Value) -> Value:
+        b = self.code.b
+        z = b.fmul(x, self._number(math.sqrt(0.5), x))
+        size = self.code.call(f"llvm.fabs.v{x.type.count}f32", x.type, z)
+        one = self._number(1.0, x)
+        t = b.fdiv(one, b.fadd(one, b.fmul(size, self._number(0.3275911, x))))
+        series = self._number(1.061405429, x)
+        for term in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+            series = self.code.fma(series, t, self._number(term, x))
+        tail = b.fmul(b.fmul(series, t), self._exp(b.fneg(b.fmul(z, z))))
+        # Φ(x) is tail / 2 on the left and 1 - tail / 2 on the right.
+        half = b.fmul(tail, self._number(0.5, x))
+        left = b.fcmp_ordered("<", x, self._number(0.0, x))
+        return b.fmul(x, b.select(left, half, b.fsub(one, half)))
+
+    def _over_one_plus_exp(self, x: Value, exponent: Value) -> Value:
+        b = self.code.b
+        return b.fdiv(x, b.fadd(self._number(1.0, x), self._exp(exponent)))
+
+    def _exp(self, x: Value) -> Value:
+        """e^x = 2^n e^r with |r| < ln 2 / 2, e^r by a polynomial (Cephes' expf: 2e-7)."""
+        code, b, lanes = self.code, self.code.b, x.type.count
+        x = b.select(b.fcmp_ordered("<", x, self._number(88.0, x)), x, self._number(88.0, x))
+        x = b.select(b.fcmp_ordered(">", x, self._number(-87.0, x)), x, self._number(-87.0, x))
+        n = code.call(f"llvm.rint.v{lanes}f32", x.type, b.fmul(x, self._number(1 / math.log(2), x)))
+        r = code.fma(n, self._number(-0.693359375, x), x)
+        r = code.fma(n, self._number(2.12194440e-4, x), r)
+        series = self._number(1.9875691500e-4, x)
+        for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
+            series = code.fma(series, r, self._number(term, x))
+        value = b.fadd(code.fma(b.fmul(series, r), r, r), self._number(1.0, x))
+        whole = b.fptosi(n, vector(I32, lanes))
+        bits = b.add(whole, code.constant(I32, 127, lanes))
+        power = b.bitcast(b.shl(bits, code.constant(I32, 23, lanes)), x.type)
+        return b.fmul(value, power)
+
+    def _number(self, value: float, like: Value) -> Value:
+        return self.code.constant(FLOAT, value, like.type.count)

@@ -1,0 +1,155 @@
+"""Fused calls of the cpu backend against the reference, and what is left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import qcompiler
+from qcompiler.backends.cpu.kernels import GENERATED, KERNELS, Static
+from qcompiler.check import relative_error
+from qcompiler.formats import QFormat
+from qcompiler.rounding import nearest
+from qcompiler.samples import random_inputs
+
+pytestmark = pytest.mark.skipif(not GENERATED, reason="llvmlite is not installed")
+LINEAR = "qc_cpu.linear.default"
+W4A8 = "assign{weight=int4:group32:mirrored activation=int8:token:dynamic},quantize"
+
+
+def operators(compiled: qcompiler.Compiled) -> Counter[str]:
+    assert compiled.lowered is not None
+    return Counter(str(n.target) for n in compiled.lowered.program.graph.nodes)
+
+
+def compiled_for(name: str, formats: str = W4A8) -> qcompiler.Compiled:
+    module, example = zoo.build(name)
+    backend = qcompiler.registry.get_backend("cpu").only("integer", "decoding")
+    passes = f"canonicalize,fold{{optional=true}},{formats}"
+    return qcompiler.compile(module, example, passes=passes, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+@pytest.mark.parametrize("formats", [W4A8, "assign{weight=int8:channel},quantize"])
+def test_a_fused_program_is_the_reference(name: str, formats: str) -> None:
+    compiled = compiled_for(name, formats)
+    exact = "activation" not in formats
+    for seed in (3, 4):
+        inputs = random_inputs(compiled.program.io, seed)
+        want, got = compiled.program.flat(inputs), compiled.artifact.run(inputs)
+        assert relative_error(want, got) < (2e-5 if exact else 2e-2)
+
+
+def test_what_a_llama_becomes() -> None:
+    """Two norms, four products, two rotations a layer; nothing else that computes but attention."""
+    found = operators(compiled_for("llama"))
+    layers = found["qc_cpu.rope.default"] // 2
+    assert layers and found[LINEAR] == 4 * layers
+    for gone in ("aten.silu.default", "qc.rope.default", "qc.fake_quantize.default"):
+        assert not found[gone], gone
+    assert found["aten.rms_norm.default"] == 1  # before the head, which stays in floating point
+    assert not found["aten.add.Tensor"]
+
+
+@pytest.mark.parametrize("activation", ["float", "int8:token:dynamic"])
+@pytest.mark.parametrize("before", ["rms_norm", "layer_norm", "silu_mul", "gelu", "gelu_tanh"])
+def test_what_stands_before(before: str, activation: str) -> None:
+    """Rows of odd lengths, cut out of a larger tensor, with numbers from tiny to large."""
+    generator = torch.Generator().manual_seed(0)
+    q = nearest(torch.randn(40, 77, generator=generator), QFormat.parse("int4:group32"))
+    fmt = None if activation == "float" else QFormat.parse(activation)
+    call = KERNELS["decoding" if fmt is None else "integer"].prepare(q, None, fmt, Static())
+    wide = torch.randn(2, 5, 154, generator=generator) * torch.logspace(-6, 2, 5).reshape(1, 5, 1)
+    x, other = wide[..., :77], wide[..., 77:]
+    gain, shift = torch.randn(2, 77, generator=generator)
+    residual = torch.randn(2, 5, 80, generator=generator)[..., 40:]
+    functional = nn.functional
+    want = {
+        "rms_norm": lambda: functional.rms_norm(x, (77,), gain, 1e-5),
+        "layer_norm": lambda: functional.layer_norm(x, (77,), gain, shift, 1e-5),
+        "silu_mul": lambda: functional.silu(x) * other,
+        "gelu": lambda: functional.gelu(x),
+        "gelu_tanh": lambda: functional.gelu(x, approximate="tanh"),
+    }[before]()
+    text = f"{before}:1e-05" if "norm" in before else before
+    more = {"other": other} if before == "silu_mul" else {}
+    got = call.operator(
+        x, *call.parameters.values(), *call.constants,
+        before=text, gain=gain, shift=shift, residual=residual, **more,
+    )  # fmt: skip
+    # Each token by itself: a large one must not hide a small one's error.
+    off = (got - call(want) - residual).norm(dim=-1) / (call(want) + residual).norm(dim=-1)
+    assert off.max() < (1e-5 if fmt is None else 1e-2)
+
+
+class Shared(nn.Module):
+    """A norm and a linear with a second reader, and a sum that is broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64, eps=1e-6)
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.scale = nn.Parameter(torch.randn(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        z = self.one(y) + self.scale
+        return self.two(z) + y + z.mean()
+
+
+def test_what_others_read_stays() -> None:
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(3, 64)
+    backend = qcompiler.registry.get_backend("cpu").only("integer")
+    passes = "canonicalize{optional=true}," + W4A8.replace("activation", "head=same activation")
+    compiled = qcompiler.compile(model, x, passes=passes, backend=backend)
+    found = operators(compiled)
+    assert found["aten.rms_norm.default"] == 1 and found[LINEAR] == 2
+    assert relative_error(compiled.program.flat((x,)), compiled.artifact.run((x,))) < 1e-2
+
+
+def test_different_formats_are_not_merged() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(64, n) for n in (32, 9, 24))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.a(x), self.b(x), self.c(x)
+
+    torch.manual_seed(0)
+    model, x = Two().eval(), torch.randn(3, 64)
+    backend = qcompiler.registry.get_backend("cpu").only("integer")
+    options = "weight=int4:group32 activation=int8:token:dynamic head=same"
+    exceptions = 'exceptions=["a/*=int8:channel/int8:token:dynamic"]'
+    passes = f"canonicalize{{optional=true}},assign{{{options} {exceptions}}},quantize"
+    compiled = qcompiler.compile(model, x, passes=passes, backend=backend)
+    assert operators(compiled)[LINEAR] == 2
+    assert set(compiled.kernels) == {"a/linear#0", "b/linear#0", "c/linear#0"}
+    torch.testing.assert_close(compiled(x), compiled.program(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_fusion_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check behind each pass sees it: a gain that is forgotten."""
+    from qcompiler.backends.cpu import fuse
+
+    module, example = zoo.build("llama")
+    for name, value in module.named_parameters():
+        if "norm" in name:
+            value.data.uniform_(0.5, 2)
+    found = fuse._before
+
+    def wrong(x):
+        made = found(x)
+        return made and (replace(made[0], eps=1.0), *made[1:])
+
+    monkeypatch.setattr(fuse, "_before", wrong)
+    backend = qcompiler.registry.get_backend("cpu").only("integer")
+    passes = f"canonicalize,fold{{optional=true}},{W4A8}"
+    with pytest.raises(qcompiler.QCompilerError, match="cpu_before"):
+        qcompiler.compile(module, example, passes=passes, backend=backend)
