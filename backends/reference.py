@@ -7,21 +7,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qcompiler.backend import Artifact, Backend
+from qcompiler.backend import Backend
 from qcompiler.formats import Scheme
-from qcompiler.program import Program
-from qcompiler.samples import Flat
 from qcompiler.sites import Site
-
-
-class ProgramArtifact(Artifact):
-    """A program that runs itself."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def run(self, inputs: Flat) -> tuple[object, ...]:
-        return self.program.flat(inputs)
 
 
 class ReferenceBackend(Backend):
@@ -35,6 +23,3 @@ class ReferenceBackend(Backend):
 
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
         return None
-
-    def build(self, program: Program) -> Artifact:
-        return ProgramArtifact(program)

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from qcompiler.backend import Backend
-from qcompiler.errors import BackendError, BadInput, unknown
+from qcompiler.errors import BackendError, BadInput, first_line, unknown
 from qcompiler.passbase import Pass
 from qcompiler.rounding.base import Rounding
 from qcompiler.sensitivity.base import Metric
@@ -72,26 +72,30 @@ BUILT_IN = {
         "taylor": "qcompiler.sensitivity.gradients:Taylor",
     },
     "qcompiler.backends": {
+        "checkpoint": "qcompiler.backends.checkpoint:CheckpointBackend",
         "cpu": "qcompiler.backends.cpu:CpuBackend",
+        "gguf": "qcompiler.backends.checkpoint.gguf:GgufBackend",
         "null": "qcompiler.backends.null:NullBackend",
         "onnxruntime": "qcompiler.backends.onnxruntime:OnnxRuntimeBackend",
         "openvino": "qcompiler.backends.openvino:OpenVinoBackend",
         "reference": "qcompiler.backends.reference:ReferenceBackend",
+        "triton": "qcompiler.backends.triton:TritonBackend",
     },
 }
 
 
+AND = " and "
+
+
 @lru_cache(maxsize=4)
 def table(group: str) -> dict[str, str]:
-    """Name → `module:attribute`, ours and everybody's. Two providers of one name are an error."""
+    """Name → `module:attribute`, ours and everybody's; several of one name are joined by AND."""
     found = dict(BUILT_IN[group])
     for point in entry_points(group=group):
-        if found.get(point.name, point.value) != point.value:
-            raise BadInput(
-                f"two providers of {group.split('.')[1]} {point.name!r}: {found[point.name]} and "
-                f"{point.value}; uninstall one of them"
-            )
-        found[point.name] = point.value
+        known = found.get(point.name, point.value)
+        if point.value not in known.split(AND):
+            known += AND + point.value
+        found[point.name] = known
     return found
 
 
@@ -129,8 +133,14 @@ def backend_class(name: str) -> type[Backend]:
 
 def get_backend(name: str) -> Backend:
     """A new backend called `name`, ready to use here."""
-    backend = backend_class(name)()
-    if reason := backend.available():
+    cls = backend_class(name)
+    try:
+        backend = cls()
+        reason = backend.available()
+    except Exception as error:
+        words = f"{type(error).__name__}: {first_line(error)}"
+        raise BackendError(f"backend {name!r} fails to start: {words}") from error
+    if reason:
         raise BackendError(f"backend {name!r} cannot be used here: {reason}")
     return backend
 
@@ -164,11 +174,14 @@ def _class(group: str, name: str, base: type[Base]) -> type[Base]:
     known, what = table(f"qcompiler.{group}"), base.__name__.lower()
     if name not in known:
         raise unknown(what, name, known)
+    if AND in known[name]:
+        raise BadInput(f"two providers of {what} {name!r}: {known[name]}; uninstall one of them")
     module, _, attribute = known[name].partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"{what} {name!r} ({known[name]}) fails to import: {error}") from error
+    except Exception as error:  # another's module may raise anything as it is imported
+        words = f"{type(error).__name__}: {first_line(error)}"
+        raise BadInput(f"{what} {name!r} ({known[name]}) fails to import: {words}") from error
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise BadInput(
             f"{what} {name!r} is {cls!r}; expected a subclass of qcompiler.{base.__name__}"

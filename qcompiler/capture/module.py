@@ -27,7 +27,7 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
         call = (args, kwargs)
         if dynamic is not None and dynamic is not True:
             shapes = _exact_shapes(dynamic, args, kwargs, names)
-            return from_exported(_export(module, call, shapes), names)
+            return from_exported(_export(module, call, shapes, named=True), names)
         wide = pytree.tree_map_only(Tensor, two_or_more, call)
         try:
             program = from_exported(_export(module, wide, dynamic_shapes(wide)), names)
@@ -46,6 +46,7 @@ def _export(
     module: torch.nn.Module,
     call: tuple[tuple[object, ...], dict[str, object]],
     shapes: tuple[object, object],
+    named: bool = False,
 ) -> torch.export.ExportedProgram:
     args, kwargs = call
     arranged = (*shapes[0], *shapes[1].values()) if kwargs else shapes[0]  # type: ignore
@@ -56,7 +57,14 @@ def _export(
     try:
         with torch.no_grad():
             return torch.export.export(
-                module, args, kwargs, dynamic_shapes=by_name or arranged, strict=False
+                module,
+                args,
+                kwargs,
+                dynamic_shapes=by_name or arranged,
+                strict=False,
+                # What torch cannot prove of a named size, as where a transposed tensor is appended
+                # to a cache, is checked in runs instead of refused.
+                prefer_deferred_runtime_asserts_over_guards=named,
             )
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise BadInput(_explain(error)) from error
@@ -85,10 +93,9 @@ def _exact_shapes(
     dims = {d: torch.export.Dim(d) for axes in wanted.values() for d in axes.values()}
 
     def shape(name: str, value: object) -> object:
-        axes = wanted.get(name)
-        if not isinstance(value, Tensor):
-            return None
-        return {axis: dims[d] for axis, d in axes.items()} if axes else None
+        """The axes of an argument are those of each tensor in it: of a cache, say."""
+        axes = {axis: dims[d] for axis, d in wanted.get(name, {}).items()} or None
+        return pytree.tree_map(lambda v: axes if isinstance(v, Tensor) else None, value)
 
     positional = tuple(shape(n, a) for n, a in zip(names, args, strict=False))
     return positional, {k: shape(k, v) for k, v in kwargs.items()}
