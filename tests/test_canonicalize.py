@@ -363,3 +363,10 @@ def test_a_weight_with_another_reader_is_not_turned() -> None:
 
     program = canonical(tied, X, weight=torch.randn(8, 8))
     assert operators(program)["t"] == 1
+
+
+def test_a_cache_begins_with_nothing() -> None:
+    def appended(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([torch.cat([torch.tensor([]), x], -2), y], -2)
+
+    assert operators(canonical(appended, HEADS, HEADS)) == {"cat": 1}

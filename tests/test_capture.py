@@ -145,3 +145,39 @@ def test_exported_file(tmp_path: Path, captured: Captured) -> None:
     torch.export.save(torch.export.export(model.eval(), (example,)), tmp_path / "cnn.pt2")
     again = qcompiler.capture(tmp_path / "cnn.pt2")
     torch.testing.assert_close(again(example), program(example), rtol=0, atol=1e-6)
+
+
+def test_a_cache_that_grows() -> None:
+    """A step of decoding: the axes of an argument are those of each tensor in it."""
+    from transformers import DynamicCache
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = zoo.build("llama")[0]
+
+        def forward(
+            self, ids: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+        ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+            cache = DynamicCache()
+            for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+                cache.update(key, value, layer)
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            layers = out.past_key_values.layers
+            return out.logits, [c.keys for c in layers], [c.values for c in layers]
+
+    def inputs(past: int) -> tuple[object, ...]:
+        cache = [[torch.randn(1, 2, past, 12) for _ in range(2)] for _ in range(2)]
+        return torch.randint(0, 100, (1, 1)), *cache
+
+    model = Step().eval()
+    past = {2: "past"}
+    program = qcompiler.capture(model, inputs(5), dynamic={"keys": past, "values": past})
+    for length in (5, 9):
+        given = inputs(length)
+        (logits, keys, values), want = program(*given), model(*given)
+        torch.testing.assert_close(logits, want[0], rtol=1e-4, atol=1e-5)
+        assert keys[1].shape[2] == values[1].shape[2] == length + 1
+    with pytest.raises(qcompiler.BadInput, match="values_0: float32"):
+        ids, keys, values = inputs(5)
+        program(ids, keys, [v[:, :, :3] for v in values])

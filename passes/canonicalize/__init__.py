@@ -34,6 +34,7 @@ from qcompiler.passes.canonicalize import (
 
 RULES = (
     tidy.drop_no_ops,
+    tidy.drop_empty_parts,
     layout.merge_casts,
     layout.transpose_batches,
     layout.merge_turns,

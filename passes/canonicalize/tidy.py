@@ -56,6 +56,20 @@ def drop_no_ops(edit: Edit) -> None:
             edit.replace(node, new)
 
 
+def drop_empty_parts(edit: Edit) -> None:
+    """cat([[], x]) is x: what a cache begins with before anything is appended to it."""
+    for node in edit.calls(aten.cat.default):
+        parts = node.args[0]
+        left = [p for p in parts if tuple(p.meta["val"].shape) != (0,)]
+        if not left or len(left) == len(parts):
+            continue
+        edit.spend("an empty part adds nothing", node)
+        new = left[0]
+        if len(left) > 1:
+            new = edit.call(aten.cat.default, left, *node.args[1:], like=node, replaces=[node])
+        edit.replace(node, new)
+
+
 def _no_op(node: fx.Node, x: fx.Node) -> str | None:
     before, after = x.meta["val"], node.meta["val"]
     if node.target in COPIES:
