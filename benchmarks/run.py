@@ -1,168 +1,189 @@
-"""How fast the artifacts run, beside what else there is, in one process on the same inputs.
+"""How fast whole models run, beside what else there is, in one process on the same inputs.
 
-    .venv/bin/python benchmarks/run.py [--tokens 1,256] [--layers 8] [--threads 1,2] [--json]
+    .venv/bin/python benchmarks/run.py [--cases decode,prefill,minilm,minilm8,resnet]
+                                       [--threads 1,2] [--only NAME,…] [--json FILE]
 
-A Llama of hidden 1024, without a cache: one token stands for decoding, 256 for a prompt. All
-contenders run in turn, so that a slow moment of a shared machine hits all alike; the figure is
-the median of eager float32's seconds over theirs. `error` is the relative error of the logits
-against eager float32. Peers that are missing or fail are named with the reason.
+`decode`    one token of a Llama (hidden 1024, 8 layers, vocabulary 8192) behind 128 others
+`prefill`   256 tokens of it, without a cache
+`minilm`    the real MiniLM on a sentence of 32 words; `minilm8` on eight
+`resnet`    a ResNet-18 on a picture of 64×64
+
+All contenders run in turn, so that a slow moment of a shared machine hits all alike; the figure is
+the median of eager float32's seconds over theirs. `error` is the relative error of the first output
+against eager float32, MB what the weights take (a file's size, where the peer works on a file).
+Peers that are missing or fail are named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
+import statistics
 import sys
-import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from models import llama, tokens
+from end_to_end import peers
+from end_to_end.ours import OURS, compiled
+from models import Logits, Step, Words, llama, resnet, step_inputs, tokens
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import qcompiler
 from qcompiler.check import relative_error
-from qcompiler.evaluate import race
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 8192
-OURS = (
-    ("cpu", "w8a8-dynamic"),
-    ("cpu", "w4a16"),
-    ("onnxruntime", "w8a8-dynamic"),
-    ("onnxruntime", "w4a16"),
-)
-Run = Callable[[Tensor], Tensor]
+HIDDEN, INTERMEDIATE, VOCABULARY, PAST = 1024, 2816, 8192, 128
 
 
-class Logits(nn.Module):
-    """ids (1, tokens) → logits, nothing else: every exporter and compiler takes this."""
+@dataclass
+class Case:
+    """A model and what it is run on."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits
+    name: str
+    model: nn.Module
+    inputs: dict[str, object]
+    dynamic: dict[str, dict[int, str]]
+    """Input → axis → name of its size, for exporters."""
+    kind: str
+    """`decoder`, `encoder` or `pictures`: what formats make sense."""
+    calibration: list[dict[str, object]] = field(default_factory=list)
 
 
 def main() -> None:
-    """Build all contenders, race them at each length and thread count, print the ratios."""
+    """Build all contenders of each case, race them, print the ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", default="1,256")
+    parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="contenders whose names contain one of these")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows, failed = [], {}
-    for threads in map(int, options.threads.split(",")):
-        torch.set_num_threads(threads)
-        model = Logits(llama(HIDDEN, options.layers, INTERMEDIATE, VOCABULARY))
-        contenders, failed = build(model, threads)  # kernels are chosen for a number of threads
-        for length in map(int, options.tokens.split(",")):
-            rows += measure(contenders, length, threads, options.rounds)
-    if options.json:
-        found = {"machine": machine(), "layers": options.layers, "rows": rows, "failed": failed}
-        print(json.dumps(found, indent=1))
-    else:
-        show(rows, failed)
+    rows: list[dict] = []
+    failed: dict[str, str] = {}
+    with torch.no_grad():
+        for threads in map(int, options.threads.split(",")):
+            torch.set_num_threads(threads)  # kernels are chosen for a number of threads
+            for name in options.cases.split(","):
+                case = CASES[name](options.layers)
+                case.name = name
+                contenders = build(case, threads, options.only.split(","), failed)
+                rows += measure(case, contenders, threads, options.rounds)
+                if options.json:
+                    found = {"machine": machine(), "torch": torch.__version__, "rows": rows}
+                    found |= {"layers": options.layers, "failed": failed}
+                    options.json.write_text(json.dumps(found, indent=1))
+    show(rows, failed)
 
 
-def build(model: Logits, threads: int) -> tuple[dict[str, Run], dict[str, str]]:
-    """(contenders by name, those that could not be built and why)."""
-    example = {"input_ids": tokens(VOCABULARY, 16)["input_ids"]}
-    makers: dict[str, Callable[[], Run]] = {
-        "eager float32": lambda: model,
-        "torch.compile float32": lambda: torch.compile(model, dynamic=True),
-    }
-    for backend, recipe in OURS:
-        makers[f"qcompiler {backend} {recipe}"] = lambda b=backend, r=recipe: ours(
-            model, example, b, r
-        )
-    makers["onnxruntime quantize_dynamic"] = lambda: ort_dynamic(model, example, threads)
-    makers["torchao int8 dynamic"] = lambda: torchao(model, "Int8DynamicActivationInt8WeightConfig")
-    makers["torchao int8 weight-only"] = lambda: torchao(model, "Int8WeightOnlyConfig")
-    found, failed = {}, {}
+def decode(layers: int) -> Case:
+    """A step of a Llama with a cache."""
+    model = Step(llama(HIDDEN, layers, INTERMEDIATE, VOCABULARY)).eval()
+    inputs = step_inputs(layers, HIDDEN // 128, VOCABULARY, PAST)
+    return Case("decode", model, inputs, dict.fromkeys(("keys", "values"), {2: "past"}), "decoder")
+
+
+def prefill(layers: int) -> Case:
+    """A prompt of a Llama."""
+    model = Logits(llama(HIDDEN, layers, INTERMEDIATE, VOCABULARY)).eval()
+    inputs: dict[str, object] = {**tokens(VOCABULARY, 256)}
+    return Case("prefill", model, inputs, {"input_ids": {1: "sequence"}}, "decoder")
+
+
+def minilm(batch: int, layers: int) -> Case:
+    """Sentences of 32 words."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "embedding_search"))
+    from search import model_folder
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (batch, 32), generator=generator)
+    inputs: dict[str, object] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    axes = {0: "batch", 1: "words"} if batch > 1 else {1: "words"}
+    return Case("minilm", Words(model_folder()), inputs, dict.fromkeys(inputs, axes), "encoder")
+
+
+def pictures(layers: int) -> Case:
+    """One picture."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input": torch.randn(4, 3, 64, 64, generator=generator)} for _ in range(4)]
+    inputs: dict[str, object] = {"input": torch.randn(1, 3, 64, 64, generator=generator)}
+    return Case("resnet", resnet(), inputs, {"input": {0: "batch"}}, "pictures", batches)
+
+
+CASES = {
+    "decode": decode,
+    "prefill": prefill,
+    "minilm": lambda layers: minilm(1, layers),
+    "minilm8": lambda layers: minilm(8, layers),
+    "resnet": pictures,
+}
+
+
+def build(
+    case: Case, threads: int, only: list[str], failed: dict[str, str]
+) -> dict[str, peers.Contender]:
+    """Contenders by name; those that could not be built go to `failed` with the reason."""
+    makers = {"eager float32": lambda: peers.Contender(lambda x: case.model(**x), peers.size(case))}
+    for name, how in OURS[case.kind].items():
+        makers[name] = lambda how=how: compiled(case, *how)
+    for name, make in peers.PEERS[case.kind].items():
+        makers[name] = lambda make=make: make(case, threads)
+    found: dict[str, peers.Contender] = {}
     for name, make in makers.items():
-        print(f"{name}, {threads} threads …", file=sys.stderr)
+        if name != "eager float32" and not any(part in name for part in only):
+            continue
+        print(f"{case.name}: {name}, {threads} threads …", file=sys.stderr)
         try:
-            run = make()
-            with torch.no_grad():
-                run(example["input_ids"])
-            found[name] = run
+            found[name] = make()
+            found[name].run(case.inputs)
         except Exception as error:  # a peer's failure is a result, not the end of the benchmark
-            if name.startswith(("qcompiler", "eager")):
+            if name in OURS[case.kind]:
                 raise
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    return found, failed
-
-
-def ours(model: nn.Module, example: dict[str, Tensor], backend: str, recipe: str) -> Run:
-    """One of our artifacts."""
-    dynamic = {"input_ids": {1: "sequence"}}
-    compiled = qcompiler.compile(model, example, recipe=recipe, backend=backend, dynamic=dynamic)
-    return lambda ids: compiled(input_ids=ids)
-
-
-def ort_dynamic(model: nn.Module, example: dict[str, Tensor], threads: int) -> Run:
-    """onnxruntime's own dynamic quantization of the exported model."""
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as folder:
-        path, small = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        shapes = {"input_ids": {1: torch.export.Dim("sequence")}}
-        torch.onnx.export(
-            model, (), str(path), kwargs=example, dynamo=True, dynamic_shapes=shapes, verbose=False
-        )
-        quantize_dynamic(path, small, weight_type=QuantType.QInt8)
-        session_options = onnxruntime.SessionOptions()
-        session_options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(
-            small.read_bytes(), session_options, providers=["CPUExecutionProvider"]
-        )
-    return lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
-
-
-def torchao(model: nn.Module, config: str) -> Run:
-    """torchao's `quantize_`, compiled as its documentation advises."""
-    from torchao import quantization
-
-    copied = copy.deepcopy(model)
-    quantization.quantize_(copied, getattr(quantization, config)())
-    return torch.compile(copied, dynamic=True)
+            found.pop(name, None)
+            why = (str(error).strip() or repr(error)).splitlines()[0][:160]
+            failed[f"{case.name}: {name}"] = f"{type(error).__name__}: {why}"
+    return found
 
 
 def measure(
-    contenders: dict[str, Run], length: int, threads: int, rounds: int
-) -> list[dict[str, object]]:
-    """A row for each contender at one prompt length."""
-    ids = tokens(VOCABULARY, length)["input_ids"]
-    with torch.no_grad():
-        wanted = contenders["eager float32"](ids)
-        errors = {n: relative_error(wanted, run(ids)) for n, run in contenders.items()}
-        flat = {n: lambda x, run=run: (run(x[0]),) for n, run in contenders.items()}
-        seconds = race(flat, (ids,), rounds)
-    base = seconds["eager float32"]
+    case: Case, contenders: dict[str, peers.Contender], threads: int, rounds: int
+) -> list[dict]:
+    """A row for each contender."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 2):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender.run(case.inputs)
+            if turn >= 2:  # the first turns warm up
+                times[name].append(time.perf_counter() - start)
+    wanted = first(contenders["eager float32"].run(case.inputs))
+    base = times["eager float32"]
     return [
         {
+            "case": case.name,
             "contender": name,
             "threads": threads,
-            "tokens": length,
-            "seconds": seconds[name],
-            "against_eager": base / seconds[name],
-            "error": errors[name],
+            "seconds": statistics.median(times[name]),
+            "against_eager": statistics.median(
+                b / t for b, t in zip(base, times[name], strict=True)
+            ),
+            "error": relative_error(wanted, first(contender.run(case.inputs))),
+            "bytes": contender.bytes,
         }
-        for name in contenders
+        for name, contender in contenders.items()
     ]
+
+
+def first(outputs: object) -> Tensor:
+    """The first tensor of what a model returns."""
+    while not isinstance(outputs, Tensor):
+        outputs = outputs[0]  # type: ignore[index]
+    return outputs
 
 
 def machine() -> str:
@@ -171,20 +192,29 @@ def machine() -> str:
 
 
 def show(rows: list[dict], failed: dict[str, str]) -> None:
-    """Print ratios, a column for each (threads, tokens)."""
-    columns = list(dict.fromkeys((r["threads"], r["tokens"]) for r in rows))
-    title = f"times eager float32 (more is faster), {machine()}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    for threads, length in columns:
-        table.add_column(f"tokens {length}\nthreads {threads}", justify="right")
-    table.add_column("error", justify="right")
-    for name in dict.fromkeys(r["contender"] for r in rows):
-        mine = {(r["threads"], r["tokens"]): r for r in rows if r["contender"] == name}
-        cells = [f"{mine[c]['against_eager']:.2f}" if c in mine else "" for c in columns]
-        table.add_row(name, *cells, f"{max(r['error'] for r in mine.values()):.1e}")
+    """A table for each case: ratios, a column for each number of threads."""
     console = Console(soft_wrap=True)
-    console.print(table)
+    threads = list(dict.fromkeys(r["threads"] for r in rows))
+    for case in dict.fromkeys(r["case"] for r in rows):
+        mine = [r for r in rows if r["case"] == case]
+        base = next(r for r in mine if r["contender"] == "eager float32")
+        title = (
+            f"{case}: times eager float32, {base['seconds'] * 1e3:.2f} ms with {base['threads']} "
+            f"thread(s) (more is faster), {machine()}"
+        )
+        table = Table(title=title, title_justify="left")
+        table.add_column("contender", no_wrap=True)
+        for number in threads:
+            table.add_column(f"threads {number}", justify="right")
+        table.add_column("error", justify="right")
+        table.add_column("MB", justify="right")
+        for name in dict.fromkeys(r["contender"] for r in mine):
+            own = {r["threads"]: r for r in mine if r["contender"] == name}
+            cells = [f"{own[t]['against_eager']:.2f}" if t in own else "" for t in threads]
+            sizes = [r["bytes"] for r in own.values() if r["bytes"]]
+            size = f"{sizes[0] / 1e6:.1f}" if sizes else ""
+            table.add_row(name, *cells, f"{max(r['error'] for r in own.values()):.1e}", size)
+        console.print(table)
     for name, why in failed.items():
         console.print(f"{name} is missing: {why}", markup=False)
 

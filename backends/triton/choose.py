@@ -1,0 +1,71 @@
+"""Which kernel serves a linear: the one that measures fastest on this GPU; without one, in the
+interpreter, the first in the table that takes the site."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.backends.triton.kernels import KERNELS, Kernel
+from qcompiler.backends.triton.runtime import device
+from qcompiler.backends.triton.weights import Weight
+from qcompiler.formats import QTensor, Scheme
+from qcompiler.sites import Site
+
+TOKENS = (1, 64)
+
+
+def candidates(site: Site, scheme: Scheme, q: QTensor) -> tuple[list[Kernel], dict[str, str]]:
+    """Kernels that take the site, and why others made for its formats do not."""
+    found, refused = [], {}
+    for kernel in KERNELS.values():
+        if any(c.fits(site, scheme) for c in kernel.capabilities):
+            if reason := kernel.unfit(q) or kernel.missing():
+                refused[kernel.name] = reason
+            else:
+                found.append(kernel)
+    return found, refused
+
+
+def times(
+    kernels: list[Kernel], scheme: Scheme, q: QTensor, dtype: torch.dtype
+) -> Mapping[str, float]:
+    """Kernel → seconds, geometric mean over `TOKENS`, on this GPU; empty without one."""
+    if device().type != "cuda":
+        return {}
+    from qcompiler.backends.triton.tune import remembered, seconds
+
+    def measure(kernel: Kernel) -> float:
+        weight = kernel.prepare(q)
+        tensors = {k: v.to(device()) for k, v in weight.tensors.items()}
+        if kernel.name == "float":
+            tensors["weight"] = tensors["weight"].to(dtype)
+        found = []
+        for tokens in TOKENS:
+            x = torch.randn(tokens, q.data.shape[1], device=device(), dtype=dtype)
+            found.append(seconds(lambda x=x: _run(kernel, x, tensors, weight, scheme)))  # type: ignore[misc]
+        return statistics.geometric_mean(found)
+
+    about = f"{scheme} {tuple(q.data.shape)} {dtype}"
+    return {k.name: remembered(f"{k.name} {about}", lambda k=k: measure(k)) for k in kernels}  # type: ignore[misc]
+
+
+def _run(
+    kernel: Kernel, x: Tensor, tensors: Mapping[str, Tensor], weight: Weight, scheme: Scheme
+) -> object:
+    """One run with dynamic activations, as they would be computed in the program."""
+    if scheme.activation is not None and not kernel.rounds:
+        x = torch.ops.qc.fake_quantize(x, str(replace(scheme.activation, dynamic=True)))
+
+    def call(target: Any, *args: object) -> Any:
+        return target(*args)
+
+    def rounded(fp8: bool) -> Any:
+        return torch.ops.qc_triton.round_rows(x, None, fp8)
+
+    return kernel.compute(call, x, rounded, tensors, weight, None, x.dtype)

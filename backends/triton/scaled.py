@@ -1,0 +1,155 @@
+"""y = (q_x q_wᵀ) s_x s_w + b: products of 8-bit codes with scales per token and per row.
+
+int8 is summed in int32, exactly; e4m3 in float32 (on Hopper its tensor cores keep some 14 bits of
+a sum in flight). Two forms of the same loop: pointers, and, from Hopper on, descriptors with which
+the tensor memory accelerator fetches tiles, in as many programs as there are multiprocessors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompiler.backends.triton.codes import cast
+from qcompiler.backends.triton.operators import operator, rows_of
+from qcompiler.backends.triton.runtime import capability, processors
+from qcompiler.backends.triton.tune import Config, best, bucket
+
+BAND = 8
+"""Tiles of tokens that are computed one after another, so that weights are in cache."""
+
+
+@triton.jit
+def _place(tile, tokens, rows, TOKENS: tl.constexpr, ROWS: tl.constexpr, BAND: tl.constexpr):
+    """First token and row of a tile."""
+    down, across = tl.cdiv(tokens, TOKENS), tl.cdiv(rows, ROWS)
+    band = tile // (BAND * across)
+    height = tl.minimum(down - band * BAND, BAND)
+    inside = tile % (BAND * across)
+    return (band * BAND + inside % height) * TOKENS, inside // height * ROWS
+
+
+@triton.jit
+def _finish(
+    acc, x_scale, scale, bias, y, m0, n0, tokens, rows, TOKENS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Scales, bias and the store of a tile."""
+    m, n = m0 + tl.arange(0, TOKENS), n0 + tl.arange(0, ROWS)
+    s = tl.load(x_scale + m, mask=m < tokens, other=0.0)
+    out = acc.to(tl.float32) * s[:, None] * tl.load(scale + n, mask=n < rows, other=0.0)[None, :]
+    if bias is not None:
+        out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+    at = y + m.to(tl.int64)[:, None] * rows + n[None, :]
+    tl.store(at, cast(out, y.dtype.element_ty), mask=(m < tokens)[:, None] & (n < rows)[None, :])
+
+
+@triton.jit
+def _pointers(
+    x, x_scale, weight, scale, bias, y, tokens, width, rows,
+    SUM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    m0, n0 = _place(tl.program_id(0), tokens, rows, TOKENS, ROWS, BAND)
+    m = tl.minimum(m0 + tl.arange(0, TOKENS), tokens - 1).to(tl.int64)
+    n = (n0 + tl.arange(0, ROWS)).to(tl.int64)
+    k = tl.arange(0, INNER)
+    left = x + m[:, None] * width + k[None, :]
+    right = weight + n[None, :] * width + k[:, None]
+    acc = tl.zeros((TOKENS, ROWS), SUM)
+    for _ in range(0, width, INNER):
+        acc = tl.dot(tl.load(left), tl.load(right), acc, out_dtype=SUM)
+        left += INNER
+        right += INNER
+    _finish(acc, x_scale, scale, bias, y, m0, n0, tokens, rows, TOKENS, ROWS)
+
+
+@triton.jit
+def _descriptors(
+    x, x_scale, weight, scale, bias, y, tokens, width, rows, padded,
+    SUM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    left = tl.make_tensor_descriptor(x, [tokens, width], [width, 1], [TOKENS, INNER])
+    right = tl.make_tensor_descriptor(weight, [padded, width], [width, 1], [ROWS, INNER])
+    tiles = tl.cdiv(tokens, TOKENS) * tl.cdiv(rows, ROWS)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m0, n0 = _place(tile, tokens, rows, TOKENS, ROWS, BAND)
+        acc = tl.zeros((TOKENS, ROWS), SUM)
+        for k in range(0, width, INNER):
+            acc = tl.dot(left.load([m0, k]), right.load([n0, k]).T, acc, out_dtype=SUM)
+        _finish(acc, x_scale, scale, bias, y, m0, n0, tokens, rows, TOKENS, ROWS)
+
+
+def _shape(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    rows: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+
+
+@operator(_shape)
+def linear_scaled(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    rows: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Codes x (…, padded inputs) with scales (…, 1) as `round_rows` makes them, codes weight
+    (padded rows, padded inputs), both int8 or e4m3 bits in uint8, scale (rows,) float32 →
+    (…, rows) of `dtype`."""
+    flat, y = rows_of(x), x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+    if flat.shape[0] == 0:
+        return y
+    if x.dtype == torch.uint8:
+        flat, weight = flat.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
+    given = (flat, x_scale, weight, scale, bias, y, rows)
+    key = f"scaled {bucket(flat.shape[0])} {tuple(weight.shape)} {flat.dtype} {dtype}"
+    launch(best(key, weight, candidates(flat), lambda c: launch(c, *given)), *given)
+    return y
+
+
+def launch(
+    config: Config, x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    y: Tensor, rows: int,
+) -> None:  # fmt: skip
+    tokens, width = x.shape
+    tiles = triton.cdiv(tokens, config.tokens) * triton.cdiv(rows, config.rows)
+    options = {
+        "SUM": tl.int32 if x.dtype == torch.int8 else tl.float32,
+        "TOKENS": config.tokens, "ROWS": config.rows, "INNER": config.inner, "BAND": BAND,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+    wrap = torch.library.wrap_triton
+    if config.descriptors:
+        triton.set_allocator(
+            lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=x.device)
+        )
+        wrap(_descriptors)[(min(tiles, processors(x.device)),)](
+            x, x_scale, weight, scale, bias, y, tokens, width, rows, weight.shape[0], **options
+        )
+    else:
+        wrap(_pointers)[(tiles,)](
+            x, x_scale, weight, scale, bias, y, tokens, width, rows, **options
+        )
+
+
+def candidates(x: Tensor) -> list[Config]:
+    """Rows, tokens, inputs of a tile; those with descriptors on Hopper and later only."""
+    tokens = x.shape[0]
+    if tokens <= 16:
+        return [
+            Config(64, 16, 128, stages=4),
+            Config(32, 16, 128, warps=2, stages=5),
+            Config(128, 16, 128, stages=4),
+        ]
+    if tokens <= 64:
+        return [Config(64, 64, 128, stages=4), Config(128, 64, 128, stages=4)]
+    plain = [Config(128, 128, 128, warps=8, stages=3), Config(256, 128, 64, warps=8, stages=4)]
+    if capability(x.device)[0] < 9:
+        return plain
+    return [
+        Config(256, 128, 128, warps=8, stages=3, descriptors=True),
+        Config(256, 128, 128, warps=8, stages=4, descriptors=True),
+        Config(128, 128, 128, warps=8, stages=4, descriptors=True),
+        *plain,
+    ]

@@ -1,0 +1,167 @@
+"""Triton's kernels without a GPU: in the interpreter, compiled for GPUs, and seen through."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qcompiler
+from qcompiler.backends.triton import TritonBackend, load_operators
+from qcompiler.backends.triton.runtime import interpreted
+
+triton = pytest.importorskip("triton", reason="triton is not installed: qcompiler[triton]")
+if interpreted():
+    pytest.skip("run by itself, without TRITON_INTERPRET", allow_module_level=True)
+
+load_operators()
+
+import triton.language as tl  # noqa: E402
+from torch._functorch.aot_autograd import aot_export_module  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from qcompiler.backends.triton import (  # noqa: E402
+    attention,
+    hadamard,
+    rows,
+    scaled,
+    split,
+    w4a8,
+    w4a16,
+    w8a16,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["llama", "not llama"])
+def test_every_kernel_in_the_interpreter(part: str) -> None:
+    """In a process of its own: the interpreter is for good."""
+    file = Path(__file__).with_name("test_triton_kernels.py")
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", part, str(file)]
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+POINTERS = {"x": "*bf16", "y": "*bf16", "words": "*i32", "scale": "*fp16", "weight": "*i8"}
+POINTERS |= dict.fromkeys(("parts", "x_scale", "scales", "k_scale", "v_scale"), "*fp32")
+POINTERS |= dict.fromkeys(("out", "peak", "mass", "cos", "sin"), "*fp32")
+POINTERS |= dict.fromkeys(("codes", "keys", "values", "left", "right"), "*i8")
+POINTERS |= {"q": "*bf16", "lengths": "*i32", "norm": "fp32", "zero": "*u8", "bias": "*bf16"}
+GROUPED = {"SPAN": 8, "SHARED": 8, "LANES": 16}
+EIGHT = {"FP8": False, "GROUP": 128, "ROWS": 64}
+TILE = {"EVEN": True, "DTYPE": tl.bfloat16, "TOKENS": 16}
+PRODUCT = {"SUM": tl.int32, "TOKENS": 64, "ROWS": 64, "INNER": 64, "BAND": 8, "bias": None}
+HEAD = {"GROUP": 4, "QUERIES": 16, "D": 128, "HALF": 64, "TILE": 64, "FP8": False}
+KERNELS = {
+    "w4a16 gemv": (w4a16._gemv, GROUPED | {"KIND": 0, "ZERO": True, "ROWS": 8, "WORDS": 512}),
+    "w4a16 tiles": (
+        w4a16._tiles,
+        GROUPED | TILE | {"KIND": 0, "ZERO": False, "ROWS": 64, "zero": None},
+    ),
+    "fp4 tiles": (
+        w4a16._tiles,
+        GROUPED | TILE | {"KIND": 1, "ZERO": False, "ROWS": 64, "zero": None},
+    ),
+    "w8a16 gemv": (w8a16._gemv, EIGHT | {"STEP": 1024, "ROWS": 4, "zero": None}),
+    "w8a16 tiles": (w8a16._tiles, EIGHT | TILE | {"STEP": 128, "zero": None}),
+    "w4a8 tiles": (
+        w4a8._tiles,
+        {"SPAN": 4, "SHARED": 4, "LANES": 32, "EVEN": True, "ROWS": 64, "TOKENS": 16, "x": "*i8"},
+    ),
+    "int8 pointers": (scaled._pointers, PRODUCT | {"x": "*i8", "scale": "*fp32"}),
+    "int8 descriptors": (scaled._descriptors, PRODUCT | {"x": "*i8", "scale": "*fp32"}),
+    "rounding to int8": (rows._round, {"FP8": False, "BLOCK": 4096, "given": None}),
+    "rounding to e4m3": (rows._round, {"FP8": True, "BLOCK": 4096, "given": None, "codes": "*u8"}),
+    "hadamard": (
+        hadamard._long,
+        {"A": 64, "B": 64, "WIDE": 64, "FP8": False, "PAD": 128, "LOOP": True, "given": None},
+    ),
+    "short hadamard": (
+        hadamard._short,
+        {"ROWS": 16, "B": 64, "WIDE": 64, "FP8": False, "given": None},
+    ),
+    "attention": (
+        attention._parts,
+        HEAD | {"K_TOKEN": False, "V_TOKEN": True, "DTYPE": tl.bfloat16},
+    ),
+    "sums of attention": (attention._merge, {"D": 128, "PIECES": 16, "WIDE": 128}),
+    "sums of parts": (split._add, {"PARTS": 4, "BLOCK": 1024}),
+}
+
+
+def compiled(kernel: object, given: dict[str, object], capability: int) -> object:
+    """The kernel for a GPU; arguments that `given` and the table do not name are integers."""
+    names = kernel.arg_names
+    types = {n: t for n, t in given.items() if isinstance(t, str)}
+    fixed = {(names.index(n),): v for n, v in given.items() if n not in types}
+    signature = {
+        n: "constexpr" if (i,) in fixed else types.get(n) or POINTERS.get(n, "i32")
+        for i, n in enumerate(names)
+    }
+    source = ASTSource(kernel, signature, fixed)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+OLD = ("w4a16 gemv", "w4a16 tiles", "w4a8 tiles", "int8 pointers", "rounding to e4m3", "attention")
+"""Kernels that are compiled for an A100 too."""
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [*((k, 90) for k in KERNELS), *((k, 80) for k in OLD)], ids=str
+)
+def test_it_compiles_for_a_gpu(name: str, capability: int) -> None:
+    assert compiled(*KERNELS[name], capability).asm["cubin"]
+
+
+def test_products_use_the_tensor_cores() -> None:
+    fp8 = PRODUCT | {"SUM": tl.float32, "x": "*fp8e4nv", "weight": "*fp8e4nv", "scale": "*fp32"}
+    for kernel, given, instruction in (
+        (*KERNELS["w4a16 tiles"], "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"),
+        (*KERNELS["int8 descriptors"], "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8"),
+        (scaled._descriptors, fp8, "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"),
+    ):
+        assert instruction in compiled(kernel, given, 90).asm["ptx"]
+    assert "e4m3" in compiled(scaled._pointers, fp8, 89).asm["ptx"]
+
+
+class Layer(torch.nn.Module):
+    """A linear in the kernels' operators."""
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor]:
+        codes, scales = torch.ops.qc_triton.round_rows(x, None, False)
+        return (torch.ops.qc_triton.linear_scaled(codes, scales, w, s, None, 40, x.dtype),)
+
+
+def test_compilers_see_the_launches() -> None:
+    """Inductor's own way of tracing finds two launches; an exported program keeps the operators."""
+    inputs = (torch.randn(3, 100), torch.zeros(128, 128, dtype=torch.int8), torch.ones(40))
+    with torch.no_grad():
+        graph = aot_export_module(Layer(), inputs, trace_joint=False)[0].graph
+        kept = torch.export.export(Layer(), inputs).graph
+    targets = [n.target for n in graph.nodes]
+    assert targets.count(torch.ops.higher_order.triton_kernel_wrapper_functional) == 2
+    assert not [t for t in targets if "qc_triton" in str(t)]
+    assert torch.ops.qc_triton.linear_scaled.default in [n.target for n in kept.nodes]
+    (value,) = next(n for n in kept.nodes if n.op == "output").args[0]
+    assert value.meta["val"].shape == (3, 40)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    reason = TritonBackend().available()
+    assert reason is not None and "sees no GPU; use --backend cpu" in reason
+    with pytest.raises(qcompiler.BackendError, match="sees no GPU"):
+        torch.ops.qc_triton.round_rows(torch.randn(2, 8), None, False)
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'qcompiler[triton]'" in TritonBackend().available()

@@ -1,0 +1,436 @@
+"""Every Triton kernel against float64, on odd shapes and in every format that it claims.
+
+On a GPU these run there. Without one they need Triton's interpreter, which is chosen before triton
+is first imported: `test_triton.py` runs this file so, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+import zoo
+from torch import Tensor
+
+import qcompiler
+from qcompiler.backends.triton import TritonBackend, layout, load_operators
+from qcompiler.backends.triton.kernels import KERNELS
+from qcompiler.backends.triton.runtime import device, unavailable
+from qcompiler.backends.triton.weights import Weight
+from qcompiler.check import relative_error
+from qcompiler.formats import Grid, QFormat
+from qcompiler.hadamard import hadamard
+from qcompiler.ops import rope
+from qcompiler.rounding import nearest
+from qcompiler.samples import random_inputs
+
+if reason := unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+load_operators()
+
+from qcompiler.backends.triton import scaled, w4a8, w4a16, w8a16  # noqa: E402
+from qcompiler.backends.triton.hadamard import factors  # noqa: E402
+from qcompiler.backends.triton.tune import Config  # noqa: E402
+
+OPS = torch.ops.qc_triton
+CLOSE = 1e-4
+IN_FLIGHT = 2e-3
+"""Of sums of e4m3 products on Hopper, whose tensor cores keep some 14 bits."""
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def short(*shape: int) -> Tensor:
+    """Numbers that bfloat16 holds, as float32: what a kernel rounds to 16 bits is exact then."""
+    return torch.randn(*shape).bfloat16().float()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return relative_error(wanted.double(), found.cpu().double())
+
+
+def serve(
+    name: str, weight: Weight, x: Tensor, bias: Tensor | None, given: Tensor | None = None
+) -> Tensor:
+    """What the kernel `name` computes, activations rounded by it if it does."""
+    there = {k: v.to(device()) for k, v in weight.tensors.items()}
+    x = x.to(device())
+    bias, given = (None if t is None else t.to(device()) for t in (bias, given))
+    y: Tensor = KERNELS[name].compute(
+        lambda target, *args: target(*args),
+        x,
+        lambda fp8: OPS.round_rows(x, given, fp8),
+        there,
+        weight,
+        bias,
+        x.dtype,
+    )
+    return y
+
+
+WEIGHTS = {
+    "w4a16": [
+        "int4:group32",
+        "int4:group128",
+        "int4:group48:full",
+        "int4:channel",
+        "int4:group32:asym",
+        "int4:tensor",
+        "int3:group64:asym",
+        "int2:group16:mirrored",
+        "uint4:group32:asym",
+        "mxfp4",
+        "nvfp4",
+        "fp4_e2m1:channel",
+    ],
+    "w8a16": [
+        "int8:channel",
+        "int8:group32",
+        "int8:group48:asym",
+        "int8:channel:asym",
+        "uint8:channel:asym",
+        "int8:tensor",
+        "fp8_e4m3:channel",
+        "fp8_e4m3:group32",
+    ],
+    "w4a8": [
+        "int4:group32",
+        "int4:group128:asym",
+        "int4:channel",
+        "int3:group64",
+        "uint4:channel:asym",
+    ],
+    "w8a8": ["int8:channel", "int8:channel:full", "int8:tensor"],
+    "fp8": ["fp8_e4m3:channel", "fp8_e4m3:tensor"],
+}
+CASES = [(k, f) for k, formats in WEIGHTS.items() for f in formats]
+SHAPES = [(1, 288, 33), (3, 100, 20), (17, 130, 131)]
+
+
+@pytest.mark.parametrize(("name", "text"), CASES, ids=lambda v: str(v).replace(":", "-"))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(name: str, text: str, shape: tuple[int, int, int]) -> None:
+    if reason := KERNELS[name].missing():
+        pytest.skip(reason)
+    (tokens, width, out), fmt = shape, QFormat.parse(text)
+    q = nearest(torch.randn(out, width), fmt)
+    assert KERNELS[name].unfit(q) is None
+    x, bias = short(tokens, width), torch.randn(out)
+    rounded = x
+    if KERNELS[name].rounds:
+        kind = "fp8_e4m3" if name == "fp8" else "int8"
+        rounded = Grid.fit(x, QFormat.parse(f"{kind}:token:dynamic")).round(x)
+    wanted = rounded.double() @ q.dequantize(torch.float64).t() + bias
+    found = serve(name, KERNELS[name].prepare(q), x, bias)
+    assert found.shape == (tokens, out) and found.dtype == x.dtype
+    assert error(found, wanted) < (IN_FLIGHT if name == "fp8" else CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "text"), [(k, f[0]) for k, f in WEIGHTS.items()])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_sixteen_bit_programs(name: str, text: str, tokens: int, dtype: torch.dtype) -> None:
+    if reason := KERNELS[name].missing():
+        pytest.skip(reason)
+    q = nearest(torch.randn(40, 96), QFormat.parse(text))
+    x = torch.randn(2, tokens, 96).to(dtype)
+    found = serve(name, KERNELS[name].prepare(q), x, None)
+    assert found.shape == (2, tokens, 40) and found.dtype == dtype
+    if tokens:
+        wanted = x.double() @ q.dequantize(torch.float64).t()
+        assert error(found, wanted) < (6e-2 if name == "fp8" else 2e-2)  # the activations' rounding
+
+
+def test_zero_points_between_two_numbers() -> None:
+    """HQQ's: 4-bit weights with 16-bit activations take them; integer products refuse them."""
+    fmt = QFormat.parse("int4:group32:asym")
+    grid = Grid.fit(torch.randn(24, 96), fmt)
+    grid = Grid(fmt, grid.scale, grid.zero.float() + 0.37)
+    q = grid.quantize(torch.randn(24, 96))
+    wanted = (x := short(3, 96)).double() @ q.dequantize(torch.float64).t()
+    found = serve("w4a16", KERNELS["w4a16"].prepare(q), x, None)
+    assert error(found, wanted) < 5e-3
+    assert "takes whole zero points" in KERNELS["w4a8"].unfit(q)
+
+
+@pytest.mark.parametrize(("name", "text"), CASES, ids=lambda v: str(v).replace(":", "-"))
+def test_weights_of_zero_give_zero(name: str, text: str) -> None:
+    """Exactly, also where codes are numbers with something added that is taken off behind."""
+    weight = torch.randn(20, 256)
+    weight[3] = 0
+    q = nearest(weight, QFormat.parse(text))
+    for tokens in (1, 3):
+        found = serve(name, KERNELS[name].prepare(q), short(tokens, 256) * 100, None)
+        assert not found[:, 3].any() or q.dequantize()[3].any()
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8"])
+def test_a_static_scale(name: str) -> None:
+    if reason := KERNELS[name].missing():
+        pytest.skip(reason)
+    kind = "fp8_e4m3" if name == "fp8" else "int8"
+    q = nearest(torch.randn(20, 100), QFormat.parse(f"{kind}:channel"))
+    x, s = short(4, 100), torch.tensor(0.02)
+    wanted = (
+        Grid(QFormat.parse(f"{kind}:tensor"), s).round(x).double() @ q.dequantize().double().t()
+    )
+    found = serve(name, KERNELS[name].prepare(q), x, None, s)
+    assert error(found, wanted) < (IN_FLIGHT if name == "fp8" else CLOSE)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8"])
+def test_integer_sums_are_exact(name: str) -> None:
+    """All weights and activations at the end of their range: nothing saturates or overflows."""
+    fmt = QFormat.parse("int8:channel" if name == "w8a8" else "int4:group128")
+    q = nearest(torch.full((16, 4096), 0.5), fmt)
+    x = torch.full((2, 4096), 127.0)
+    found = serve(name, KERNELS[name].prepare(q), x, None)
+    torch.testing.assert_close(found.cpu(), x @ q.dequantize().t(), rtol=1e-6, atol=0)
+
+
+def config_cases() -> list[tuple[str, Config]]:
+    """Every way of dividing the work that the tuner may choose."""
+    modules = {"w4a16": w4a16, "w8a16": w8a16, "w4a8": w4a8}
+    made = [
+        (name, replace(c, stages=1, warps=4))
+        for name, module in modules.items()
+        for tokens in (1, 9, 50, 300)
+        for c in module.candidates(torch.empty(tokens, 1))
+    ]
+    return list(dict.fromkeys(made))
+
+
+@pytest.mark.parametrize(("name", "config"), config_cases(), ids=str)
+def test_every_tile_size(name: str, config: Config) -> None:
+    """Sums in parts, tiles larger than the matrix, rows that end inside a tile."""
+    q = nearest(
+        torch.randn(150, 700), QFormat.parse("int8:channel" if name == "w8a16" else "int4:group64")
+    )
+    weight = KERNELS[name].prepare(q)
+    t = {k: v.to(device()) for k, v in weight.tensors.items()}
+    x, bias = short(1 if config.tokens == 1 else 3, 700), torch.randn(150)
+    wanted = x.double() @ q.dequantize(torch.float64).t() + bias
+    x, bias = x.to(device()), bias.to(device())
+    if name == "w4a16":
+        y = w4a16.launch(config, x, t["words"], t["scale"], None, bias, 64, 150, False)
+    elif name == "w8a16":
+        y = w8a16.launch(config, x, t["weight"], t["scale"], None, bias, 0, 150)
+    else:
+        codes, scales = OPS.round_rows(x, None, False)
+        wanted = (codes.cpu()[:, :700] * scales.cpu()).double() @ q.dequantize(torch.float64).t()
+        y = w4a8.launch(config, codes, scales, t["words"], t["scale"], None, None, 64, 150, x.dtype)
+    assert error(y, wanted) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_products_of_codes(kind: str, descriptors: bool) -> None:
+    if reason := KERNELS["fp8" if kind != "int8" else "w8a8"].missing():
+        pytest.skip(reason)
+    if descriptors and device().type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("descriptors need a GPU of compute capability 9.0")
+    fp8 = kind != "int8"
+    q = nearest(torch.randn(140, 300), QFormat.parse(f"{kind}:channel"))
+    weight = KERNELS["fp8" if fp8 else "w8a8"].prepare(q).tensors
+    codes, scales = OPS.round_rows((x := short(70, 300)).to(device()), None, fp8)
+    wanted = Grid.fit(x, QFormat.parse(f"{kind}:token:dynamic")).round(x).double()
+    wanted = wanted @ q.dequantize(torch.float64).t()
+    view = torch.float8_e4m3fn if fp8 else torch.int8
+    y = torch.empty(70, 140, device=device())
+    config = Config(64, 64, 64, descriptors=descriptors)
+    codes, w = codes.view(view), weight["weight"].to(device()).view(view)
+    scaled.launch(config, codes, scales, w, weight["scale"].to(device()), None, y, 140)
+    assert error(y, wanted) < (IN_FLIGHT if fp8 else CLOSE)
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("width", [1, 100, 256, 1000])
+def test_codes_are_those_of_the_reference(kind: str, width: int) -> None:
+    x = torch.randn(6, width) * torch.tensor([1e-30, 1.0, 0.0, 300.0, 1e30, -1.0])[:, None]
+    x[1] = torch.arange(width) / 2 - 3  # halves: ties between two codes
+    grid = Grid.fit(x, QFormat.parse(f"{kind}:token:dynamic"))
+    codes, scales = OPS.round_rows(x.to(device()), None, kind != "int8")
+    assert torch.equal(codes[:, :width].cpu().int(), grid.codes(x).int())
+    assert torch.equal(scales.cpu(), grid.scale)
+    assert codes.shape[1] % layout.INNER == 0 and not codes[:, width:].any()
+
+
+def test_e4m3_by_integers_is_torch_s() -> None:
+    """Every number of e4m3, those half way between two, and their neighbours."""
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (values[1:] + values[:-1]) / 2
+    x = torch.cat([values, middle, middle.nextafter(values[1:]), middle.nextafter(values[:-1])])
+    x = torch.cat([x, -x])[None]
+    codes, _ = OPS.round_rows(x.to(device()), torch.ones(1, device=device()), True)
+    assert torch.equal(codes[0, : x.shape[1]].cpu(), x[0].to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("n", [12, 16, 40, 64, 256, 320, 704, 1024, 3072])
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hadamard(n: int, kind: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, n).to(dtype)
+    found = factors(n)
+    assert not isinstance(found, str)
+    left, right = (None if h is None else h.to(device()) for h in found)
+    codes, scales = OPS.turn_rows(x.to(device()), left, right, None, kind != "int8")
+    y = x.double() @ hadamard(n).t() / math.sqrt(n)
+    grid = Grid.fit(y, QFormat.parse(f"{kind}:token:dynamic"))
+    numbers = grid.decode(
+        codes[:, :n].cpu().int() if kind == "int8" else codes[:, :n].cpu(), torch.float64
+    )
+    assert relative_error(grid.scale, scales.cpu()) < 1e-4
+    # A code may fall to the other side of a tie, a step away.
+    assert error(numbers, grid.round(y)) < 5e-3
+    assert not codes[:, n:].any()
+
+
+def test_sizes_without_a_transform_say_so() -> None:
+    assert "no Hadamard matrix" in str(factors(92))
+    assert "factors" in str(factors(2**17))
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+CACHES = list(
+    product(["int8", "fp8_e4m3"], ["token", "channel"], ["token", "channel"], [False, True])
+)
+
+
+@pytest.mark.parametrize(("kind", "k_by", "v_by", "turned"), CACHES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 2, 70, 16), (3, 6, 1, 129, 40)], ids=str)
+def test_attention(
+    kind: str, k_by: str, v_by: str, turned: bool, shape: tuple[int, int, int, int, int]
+) -> None:
+    """Against softmax in float64 on what the cache's codes stand for."""
+    sequences, queries, heads, capacity, d = shape
+    q = short(sequences, queries, d)
+    lengths = torch.tensor([capacity, 3, 0][:sequences], dtype=torch.int32)
+    codes, scales, numbers = [], [], []
+    for by in (k_by, v_by):
+        x = torch.randn(sequences, heads, capacity, d) * torch.rand(d) * 3
+        fmt = QFormat.parse(f"{kind}:channel" if by == "token" else f"{kind}:block*x1")
+        grid = Grid.fit(x, fmt)
+        held = grid.codes(x)
+        codes.append(held.to(torch.int8 if kind == "int8" else torch.uint8))
+        scales.append(grid.scale)
+        numbers.append(grid.decode(held, torch.float64))
+    angles = torch.rand(capacity, d // 2).repeat(1, 2) * 6
+    tables = (angles.cos(), angles.sin()) if turned else (None, None)
+    k, v = numbers
+    if turned:
+        k = rope(k, tables[0].double(), tables[1].double())
+    k, v = (t.repeat_interleave(queries // heads, 1) for t in (k, v))
+    scores = torch.einsum("bhd,bhtd->bht", q.double(), k) / math.sqrt(d)
+    hidden = torch.arange(capacity) >= lengths[:, None, None]
+    p = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+    wanted = torch.einsum("bht,bhtd->bhd", p, v)
+    given = (q, codes[0], codes[1], scales[0], scales[1], lengths, *tables)
+    given = [None if t is None else t.to(device()) for t in given]
+    found = OPS.decode_attention(*given)
+    assert error(found, wanted) < (1e-2 if turned else 5e-3)  # p, and turned keys, in 16 bits
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [16, 32])
+@pytest.mark.parametrize("shape", [(1, 1), (20, 100), (129, 257), (128, 256)], ids=str)
+def test_words_come_back(lanes: int, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 16, shape, dtype=torch.int32)
+    words = layout.pack_words(codes, lanes)
+    assert words.shape[1] % layout.ROWS == 0 and words.shape[2] == lanes
+    assert torch.equal(layout.unpack_words(words, *shape), codes)
+
+
+def test_the_picture_of_the_layout_is_right() -> None:
+    codes = torch.arange(256)[None] // 16 % 16  # k // 16, so that plane j holds j and j + 8
+    word = layout.pack_words(codes, 16)[0, 0, 0].item()
+    assert [(word >> 4 * j) & 15 for j in range(8)] == list(range(8))
+
+
+# --- whole programs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kernel", "allowed"),
+    [("w8a8-dynamic", "w8a8", 1e-5), ("w4a16", "w4a16", 2e-2), ("w4a8-rotated", "w4a8", 2e-2)],
+)
+def test_a_llama_is_the_reference(recipe: str, kernel: str, allowed: float) -> None:
+    module, example = zoo.build("llama")
+    compiled = qcompiler.compile(
+        module, example, recipe=recipe, backend=TritonBackend().only(kernel)
+    )
+    assert not compiled.notes and compiled.kernels
+    assert {why.split(",")[0] for why in compiled.kernels.values()} == {kernel}
+    inputs = random_inputs(compiled.program.io, 3)
+    wanted, found = compiled.program.flat(inputs), compiled.artifact.run(inputs)
+    assert relative_error(wanted, found) < allowed
+    if recipe == "w4a8-rotated":
+        targets = [n.target for n in compiled.artifact.program.graph.nodes]
+        assert OPS.turn_rows.default in targets, "the online Hadamard is not fused"
+
+
+def test_an_artifact_saves_and_loads(tmp_path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8))
+    passes = "canonicalize{optional=true},assign{weight=int4:group32 head=same},quantize"
+    compiled = qcompiler.compile(model, x := torch.randn(3, 64), passes=passes, backend="triton")
+    again = qcompiler.load(compiled.save(tmp_path / "out"))
+    assert again.backend.name == "triton" and set(again.kernels.values()) == {"w4a16"}
+    torch.testing.assert_close(again(x), compiled(x), rtol=0, atol=0)
+
+
+def test_scales_in_a_wrong_layout_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups in the wrong order: every site goes back to the reference, and says why."""
+    right = layout.pack_scales
+    monkeypatch.setattr(layout, "pack_scales", lambda *a: right(*a).flip(1).contiguous())
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU())
+    passes = "canonicalize{optional=true},assign{weight=int4:group32 head=same},quantize"
+    model[0].weight.data[:, :64] *= 5
+    backend = TritonBackend().only("w4a16")
+    compiled = qcompiler.compile(model, torch.randn(3, 128), passes=passes, backend=backend)
+    assert not compiled.kernels
+    assert "its kernel is off the reference here" in compiled.refused["0/linear#0"]
+
+
+def test_a_refusal_says_what_is_taken() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+    passes = "canonicalize{optional=true},assign{weight=int4:group24 head=same},quantize"
+    compiled = qcompiler.compile(model, torch.randn(3, 64), passes=passes, backend="triton")
+    assert "float; w4a16: takes rows, or groups in 16s" in compiled.kernels["0/linear#0"]
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(layout, "pack_words", full)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+    passes = "canonicalize{optional=true},assign{weight=int4:group32 head=same},quantize"
+    with pytest.raises(
+        qcompiler.BackendError, match=r"0/linear#0 for w4a16 wants some 49,152 bytes"
+    ):
+        qcompiler.compile(model, torch.randn(3, 64), passes=passes, backend="triton")
+
+
+@pytest.mark.skipif(device().type != "cuda", reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_replays() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8))
+    passes = "canonicalize{optional=true},assign{weight=int4:group32 head=same},quantize"
+    compiled = qcompiler.compile(model, x := torch.randn(3, 64), passes=passes, backend="triton")
+    replay = compiled.artifact.capture_graph((x,))
+    for _ in range(2):
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(replay((x,))[0].cpu(), compiled(x))
+    with pytest.raises(qcompiler.BadInput, match="was captured with"):
+        replay((torch.randn(4, 64),))
