@@ -85,7 +85,7 @@ def decode(layers: int) -> Case:
     """A step of a Llama with a cache."""
     model = Step(llama(HIDDEN, layers, INTERMEDIATE, VOCABULARY)).eval()
     inputs = step_inputs(layers, HIDDEN // 128, VOCABULARY, PAST)
-    return Case("decode", model, inputs, dict.fromkeys(("keys", "values"), {2: "past"}), "decoder")
+    return Case("decode", model, inputs, {"keys": {2: "past"}, "values": {2: "past"}}, "decoder")
 
 
 def prefill(layers: int) -> Case:

@@ -169,14 +169,17 @@ class Backend:
         """Whether this machine has a feature that a capability `needs`."""
         return True
 
+    def lacks(self, capability: Capability) -> str | None:
+        """None if this machine has what the kernel needs, else what is missing."""
+        missing = ", ".join(f for f in capability.needs if not self.has(f))
+        return f"needs {missing}, which this machine lacks" if missing else None
+
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
         """None if a kernel serves the site, else a sentence: what is asked, what there is."""
         reasons = []
         for capability in self.capabilities:
             if self.uses(capability) and capability.fits(site, scheme):
-                missing = [f for f in capability.needs if not self.has(f)]
-                lacks = f"needs {', '.join(missing)}, which this machine lacks" if missing else None
-                reason = lacks or capability.refuses_shape(site)
+                reason = self.lacks(capability) or capability.refuses_shape(site)
                 if reason is None:
                     return None
                 reasons.append(f"{capability.kernel} {reason}")

@@ -12,6 +12,7 @@ import click
 import qcompiler
 from qcompiler import pipeline
 from qcompiler.capture import open_model
+from qcompiler.cli_backends import BACKENDS
 from qcompiler.cli_export import export
 from qcompiler.cli_lists import LISTS
 from qcompiler.cli_plan import plan_
@@ -317,7 +318,7 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     )
 
 
-for command in (export, plan_, *LISTS):
+for command in (export, plan_, *LISTS, *BACKENDS):
     main.add_command(command)
 
 # --- helpers -----------------------------------------------------------------------------------

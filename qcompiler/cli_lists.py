@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TypeVar
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from qcompiler.console import as_json, out, print_json
@@ -130,15 +131,15 @@ def backends(json_: bool) -> None:
         try:
             backend = get_backend(name)
         except QCompilerError as error:  # a broken plug-in is named, the others go on
-            rows.append({"name": name, "about": str(error), "kernels": []})
-            shown.add_row(name, str(error), "")
+            rows.append({"name": name, "about": str(error), "kernels": [], "error": str(error)})
+            shown.add_row(name, escape(str(error)), "")
             continue
         kernels = backend.capabilities
         rows.append(
             {"name": name, "about": backend.summary, "kernels": [asdict(k) for k in kernels]}
         )
-        lines = [f"{k.kernel}: {k.op} {k.weight} × {k.activation}" for k in kernels]
-        shown.add_row(name, backend.summary, "\n".join(lines))
+        lines = [f"{k}; {k.conditions}".removesuffix("; ") for k in kernels]
+        shown.add_row(name, escape(backend.summary), escape("\n".join(lines)))
     if json_:
         return print_json({"backends": rows})
     return out.print(shown)

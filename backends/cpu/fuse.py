@@ -28,8 +28,8 @@ from qcompiler.passbase import Pass
 aten = torch.ops.aten
 LINEAR = torch.ops.qc_cpu.linear.default
 ROPE = torch.ops.qc_cpu.rope.default
-TENSORS = 7
-"""Arguments of the operator that are tensors: x, weight, scale, zero, bias, x_scale, x_zero."""
+TENSORS = 8
+"""Arguments of the operator that are tensors: x, the weight's, the bias, x_scale and x_zero."""
 FLIPPED = 1e-2
 """Relative error: the same numbers up to float32's last digit, and so may be rounded otherwise."""
 
@@ -72,7 +72,7 @@ class MergeLinears(Fuse):
 
     def _key(self, edit: Edit, node: fx.Node) -> object:
         """What must be equal; None for what cannot be merged."""
-        x, weight, scale, zero, bias, x_scale, x_zero = node.args[:TENSORS]
+        x, weight, scale, zero, start, bias, x_scale, x_zero = node.args[:TENSORS]
         *formats, _ = node.args[TENSORS:]
         if node.kwargs:
             return None
@@ -83,13 +83,13 @@ class MergeLinears(Fuse):
             for n in (x_scale, x_zero)
         )
         side = edit.tensor(scale)
-        return x, static, zero is None, side.dtype, side.shape[1:], *formats
+        return x, static, zero is None, start is None, side.dtype, side.shape[1:], *formats
 
     def _merge(self, edit: Edit, group: list[fx.Node]) -> None:
         first = group[0]
         edit.spend(f"one product of {len(group)} that read the same input", *group)
         merged: list[fx.Node | None] = []
-        for place, name in enumerate(("weight", "scale", "zero", "bias"), 1):
+        for place, name in enumerate(("weight", "scale", "zero", "start", "bias"), 1):
             parts = [n.args[place] for n in group]
             whole = None
             if parts[0] is not None:
@@ -100,7 +100,7 @@ class MergeLinears(Fuse):
             merged.append(whole)
         # Each has whole blocks of outputs, the last of which may be filled up.
         sizes = [OUTPUTS * edit.tensor(n.args[1]).shape[0] for n in group]
-        rest = (*first.args[5:-1], sum(sizes))
+        rest = (*first.args[6:-1], sum(sizes))
         whole_y = edit.call(LINEAR, first.args[0], *merged, *rest, like=first)
         start = 0
         for node, size in zip(group, sizes, strict=True):

@@ -36,9 +36,9 @@ LINE = 64
 
 _library = torch.library.Library("qc_cpu", "FRAGMENT")
 _library.define(
-    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor bias, Tensor? x_scale,"
-    " Tensor? x_zero, str format, str activation, int out, *, str before='', Tensor? other=None,"
-    " Tensor? gain=None, Tensor? shift=None, Tensor? residual=None) -> Tensor"
+    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? start, Tensor bias,"
+    " Tensor? x_scale, Tensor? x_zero, str format, str activation, int out, *, str before='',"
+    " Tensor? other=None, Tensor? gain=None, Tensor? shift=None, Tensor? residual=None) -> Tensor"
 )
 
 
@@ -50,7 +50,9 @@ class Packed(NamedTuple):
     scale: Tensor
     """float32, or float16 where that is exact: (blocks, groups, 16)."""
     zero: Tensor | None
-    """Scale times zero point, both of the unsigned codes; float32 like `scale`."""
+    """Zero point of the unsigned codes, times the scale for int8 activations; float32 like it."""
+    start: Tensor | None
+    """Where integer sums begin, int32 like `scale`; for int8 activations with a zero point."""
 
 
 def group_of(fmt: QFormat) -> int:
@@ -69,21 +71,28 @@ def fits(out: int, width: int, fmt: QFormat) -> str | None:
     return None
 
 
-def pack(q: QTensor) -> Packed:
-    """The weight of a kernel."""
+def pack(q: QTensor, floating: bool, x_zero: int | None = None) -> Packed:
+    """The weight of a kernel, for activations that are floating, or int8 with a zero point."""
     fmt, (out, width) = q.format, q.data.shape
     offset = 1 << (fmt.bits - 1) if fmt.signed else 0
-    step = group_of(fmt) or width
-    size = layout.padded(width, group_of(fmt) or layout.CHUNK)
+    group = group_of(fmt)
+    size = layout.padded(width, group or layout.CHUNK)
     codes = torch.nn.functional.pad(q.data + offset, (0, size - width), value=offset)
-    scale = _by_group(q.scale, q, step)
+    scale = _by_group(q.scale, q, group or width)
     half = scale.half()
     stored = half if half.isfinite().all() and torch.equal(half.float(), scale) else scale
-    zero = None
+    zero = start = None
     if q.zero is not None or offset == 0:
-        point = offset if q.zero is None else _by_group(q.zero.float(), q, step) + offset
-        zero = layout.pack_side(scale * point, out)
-    return Packed(layout.pack(codes, fmt.bits, offset), layout.pack_side(stored, out), zero)
+        point = torch.zeros_like(scale) if q.zero is None else _by_group(q.zero, q, group or width)
+        point = point.float() + offset
+        zero = layout.pack_side(point if floating else scale * point, out)
+    if x_zero is not None:
+        # What symmetric codes stand for, or the codes themselves where zero points come later.
+        meant = codes.int() - (offset if zero is None else 0)
+        sums = meant.reshape(out, -1, group or size).sum(2, dtype=torch.int32)
+        start = layout.pack_side(-x_zero * sums, out)
+    weight = layout.pack(codes, fmt.bits, offset)
+    return Packed(weight, layout.pack_side(stored, out), zero, start)
 
 
 def pack_bias(bias: Tensor | None, out: int) -> Tensor:
@@ -121,6 +130,7 @@ def _plan(
     half: bool,
     zeros: bool,
     static: bool,
+    shifted: bool,
     residual: bool,
     isa: str,
 ) -> Plan:
@@ -140,7 +150,7 @@ def _plan(
             static=static,
             before=first,
         )
-    spec = Spec(weight.bits, group, half, zeros, floating, residual)
+    spec = Spec(weight.bits, group, half, zeros, floating, shifted, residual)
     unit = group or layout.CHUNK
     return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating)
 
@@ -150,6 +160,7 @@ def linear(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    start: Tensor | None,
     bias: Tensor,
     x_scale: Tensor | None,
     x_zero: Tensor | None,
@@ -167,8 +178,8 @@ def linear(
 
     x (…, in) floating point; `weight`, `scale` and `zero` as `pack` makes them; `bias` is padded to
     whole blocks of 16 outputs. `activation` is `float`, or a format of one scale for each token
-    (found here) or for all (given as `x_scale`, with the zero point of unsigned codes less 128 as
-    `x_zero`, whose part in y is in `bias` already). `before` is one of `codegen/before.py`, with
+    (found here) or for all (given as `x_scale`; with a zero point `x_zero`, less 128 for unsigned
+    codes, whose part is in `start`). `before` is one of `codegen/before.py`, with
     what it takes: `other` of the shape of x, `gain` and `shift` (in,).
     """
     width = x.shape[-1]
@@ -181,6 +192,7 @@ def linear(
         scale.dtype == torch.float16,
         zero is not None,
         x_scale is not None,
+        start is not None,
         residual is not None,
         host().name,
     )
@@ -208,7 +220,7 @@ def linear(
     )  # fmt: skip
     how.product(
         y.data_ptr(), codes, totals, scales, weight.data_ptr(), scale.data_ptr(),
-        _address(zero), bias.data_ptr(), more.data_ptr(),
+        _address(zero), bias.data_ptr(), more.data_ptr(), _address(start), _address(x_zero),
         chunks, stride, 4 * padded, more_stride, tokens, blocks, threads,
     )  # fmt: skip
     if padded != out:

@@ -106,19 +106,17 @@ def _claims(
 
 def _generated(q: QTensor, bias: Tensor | None, activation: QFormat | None, static: Static) -> Call:
     out = q.data.shape[0]
-    packed = generated.pack(q)
-    zero = None
-    if static.zero is not None:
-        assert activation is not None and static.scale is not None
-        zero = static.zero.float() - (0 if activation.signed else 128)
-        # x = s (q - z), and the part of z in the product is the same for all tokens.
-        part = q.dequantize(torch.float64).sum(1) * (static.scale.double() * zero.double())
-        bias = ((0 if bias is None else bias.double()) - part).float()
+    point = None
+    if activation is not None and not activation.dynamic:
+        # Unsigned codes are moved by 128, so that they are int8 as well.
+        zero = 0 if static.zero is None else int(static.zero)
+        point = zero - (0 if activation.signed else 128) or None
+    packed = generated.pack(q, activation is None, point)
     parameters = {
         **packed._asdict(),
         "bias": generated.pack_bias(bias, out),
         "x_scale": static.scale,
-        "x_zero": zero,
+        "x_zero": None if point is None else torch.tensor([float(point)]),
     }
     constants = (str(q.format.decoded), str(activation or "float"), out)
     return Call(cpu.linear.default, parameters, constants)
@@ -177,7 +175,7 @@ TOKENS = (
     "uint[2-8]:tensor",
     "uint[2-8]:tensor:asym",
 )
-ANY = Capability("float", "linear", "*", "*", 1e-3, "float weights in memory")
+ANY = Capability("float", "linear", "*", "*", 1e-3, "float weights in memory", splits_sums=True)
 ROWS = "decodes only the rows that are read"
 
 
@@ -205,11 +203,17 @@ def _kernels() -> list[Kernel]:
                 (("int8:channel", "float"), ("int4:group32", "float")),
             ),
         ]
-    # `[!ld]` leaves out what ends in `full` or `mirrored`: the kernel's own scales are for ±127.
     made += [
         Kernel(
             "int8",
-            _claims("int8", ("int8:channel",), ("int8:t*[!ld]",), 5e-3, "int32", "torch"),
+            _claims(
+                "int8",
+                ("int8:channel",),
+                ("int8:token:dynamic", "int8:tensor"),
+                5e-3,
+                "int32",
+                "torch",
+            ),
             _int8,
             proofs=(("int8:channel", "int8:token:dynamic"),),
         ),

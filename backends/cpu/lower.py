@@ -44,7 +44,8 @@ class LowerLinear(Pass):
 
     def tolerance(self, facts: Facts) -> float:
         tolerance = KERNELS[self.kernel].tolerance
-        rounded = facts.program.dtype.itemsize < 4
+        weights = (site.weight.meta["val"] for site in sites(facts.program.nodes))
+        rounded = any(value.dtype.itemsize < 4 for value in weights)
         return max(tolerance, HALF) if rounded else tolerance
 
     def run(self, edit: Edit, facts: Facts) -> None:
@@ -142,7 +143,10 @@ class LowerEmbedding(Pass):
             if site.kind.name != "embedding" or table.target is not qc.dequantize.default:
                 continue
             data, scale, zero, *rest = table.args
-            if site.id in self.exclude or QFormat.parse(str(rest[0])).block is None:
+            if site.id in self.exclude:
+                continue
+            if QFormat.parse(str(rest[0])).block is None:
+                edit.skip(site.node, "gather takes scales by rows; found one for the whole table")
                 continue
             ids = site.node.args[1]
             edit.spend("gather", site.node)

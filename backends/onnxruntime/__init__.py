@@ -13,6 +13,7 @@ from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.backends.onnxruntime.capabilities import CAPABILITIES, kernel_of
 from qcompiler.backends.onnxruntime.dialect import OnnxRuntimeDialect
 from qcompiler.export import NEEDS, Dialect, missing_packages
+from qcompiler.export.dialect import unwritable
 from qcompiler.formats import Scheme
 from qcompiler.program import Program
 from qcompiler.sites import Site
@@ -30,7 +31,9 @@ class OnnxRuntimeBackend(Backend):
         return missing_packages((*NEEDS, "onnxruntime"))
 
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
-        if kernel_of(site, scheme) is not None:
+        if why := unwritable(scheme.activation):
+            return f"{self.name}: its input {why}"
+        if kernel_of(site, scheme, self.kernels) is not None:
             return None
         return f"{self.name} has no {site.kind.name} kernel for {scheme}"
 
@@ -41,7 +44,7 @@ class OnnxRuntimeBackend(Backend):
     def build(self, program: Program) -> Artifact:
         from qcompiler.backends.onnxruntime.session import OnnxArtifact
 
-        return OnnxArtifact.write(program, OnnxRuntimeDialect())
+        return OnnxArtifact.write(program, OnnxRuntimeDialect(kernels=self.kernels))
 
     def load(self, program: Program, folder: Path) -> Artifact:
         from qcompiler.backends.onnxruntime.session import OnnxArtifact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from qcompiler.backend import Capability
@@ -51,11 +52,16 @@ _KERNELS = (
 CAPABILITIES = tuple(replace(kernel, decoded=True) for kernel in _KERNELS)
 
 
-def kernel_of(site: Site, scheme: Scheme) -> Capability | None:
-    """The first kernel in the table that fits the formats and can express the blocks."""
+def kernel_of(
+    site: Site, scheme: Scheme, among: Collection[str] | None = None
+) -> Capability | None:
+    """The first kernel in the table (or of those `among` it) that fits the formats and can express
+    the blocks."""
     for capability in CAPABILITIES:
-        if capability.fits(site, scheme) and (
-            capability.kernel not in (NBITS, TWO_NBITS) or _blocks_fit(site, scheme)
+        if (
+            (among is None or capability.kernel in among)
+            and capability.fits(site, scheme)
+            and (capability.kernel not in (NBITS, TWO_NBITS) or _blocks_fit(site, scheme))
         ):
             return capability
     return None

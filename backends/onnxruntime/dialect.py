@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from qcompiler import ops
 from qcompiler.backends.onnxruntime import capabilities as names
 from qcompiler.backends.onnxruntime import kernels
 from qcompiler.backends.onnxruntime.layout import block_of, planes
 from qcompiler.export.dialect import Dialect, axes_of, format_of
 from qcompiler.export.draft import Draft
 from qcompiler.export.weights import Weight, container
-from qcompiler.formats import Scheme
+from qcompiler.formats import QFormat, Scheme
 from qcompiler.sites import Site
 
 aten = torch.ops.aten
@@ -27,21 +28,20 @@ class OnnxRuntimeDialect(Dialect):
     opset: ClassVar[int] = 21
     float32: ClassVar[bool] = True
 
-    def __init__(self, unsigned: bool = False) -> None:
+    def __init__(self, unsigned: bool = False, kernels: Collection[str] | None = None) -> None:
+        """`kernels` are those that it may use; None for all."""
         super().__init__(unsigned)
+        self._kernels = kernels
         self._tokens: dict[fx.Node, fx.Node] = {}
 
     def site(self, draft: Draft, site: Site) -> None:
         """The kernel that the table of capabilities gives the site."""
-        weight = self.weight(draft, site.weight)
-        if weight is None:
+        weight, x = self.weight(draft, site.weight), format_of(site.x)
+        kernel = None if weight is None else self._kernel(draft, site, weight, x)
+        if kernel in (None, names.CONV, names.DEQUANTIZED):
+            _keep_floating(draft, site, x)
+        if weight is None or kernel is None:
             return
-        found = names.kernel_of(site, Scheme(weight.format, format_of(site.x)))
-        if found is None:
-            return
-        kernel = found.kernel
-        if kernel == names.CONV_QDQ and not _requantized(site.node):
-            kernel = names.CONV
         makers: dict[str, Callable[[Draft, Site, Weight], None]] = {
             names.INTEGER: self._integer,
             names.QDQ: self._qdq,
@@ -53,6 +53,14 @@ class OnnxRuntimeDialect(Dialect):
         if make := makers.get(kernel):
             make(draft, site, weight)
         draft.kernels[site.id] = kernel
+
+    def _kernel(self, draft: Draft, site: Site, weight: Weight, x: QFormat | None) -> str | None:
+        """Name of the kernel that serves the site here."""
+        found = names.kernel_of(site, Scheme(weight.format, x), self._kernels)
+        if found is not None and found.kernel == names.CONV_QDQ:
+            fits = _requantized(site.node) and _bias_fits(draft, site, weight)
+            return names.CONV_QDQ if fits else names.CONV
+        return None if found is None else found.kernel
 
     def dequantize(self, draft: Draft, node: fx.Node) -> None:
         """In plain operators, which ONNX Runtime evaluates when it opens the file."""
@@ -101,3 +109,31 @@ def _requantized(node: fx.Node) -> bool:
         users = list(users[0].users)
     fmt = format_of(users[0]) if len(users) == 1 else None
     return fmt is not None and fmt.block is None and not fmt.dynamic
+
+
+def _keep_floating(draft: Draft, site: Site, fmt: QFormat | None) -> None:
+    """Keep a weight that no kernel reads in floating point.
+
+    ONNX Runtime rounds it to int8, with one scale for all of it, where the product stands between
+    DequantizeLinear and QuantizeLinear; so the input's rounding is written in plain operators.
+    """
+    readers = [u for user in site.node.users for u in (user, *user.users)]
+    static = any((f := format_of(u)) is not None and not f.dynamic for u in readers)
+    if site.x is None or fmt is None or fmt.dynamic or not static:
+        return
+    assert site.kind.x is not None
+    spelled = draft.call(site.node, ops.fake_quantize, *site.x.args)
+    site.node.update_arg(site.kind.x, spelled)
+
+
+def _bias_fits(draft: Draft, site: Site, weight: Weight) -> bool:
+    """Whether the kernel, which rounds the bias to int32 in steps of s_x s_w, can hold it.
+
+    A channel of next to nothing has steps of next to nothing.
+    """
+    assert site.x is not None
+    bias, x_scale = draft.param(site.bias), draft.param(site.x.args[2])
+    if bias is None or x_scale is None:
+        return site.bias is None
+    steps = bias.double().abs() / (weight.scale.double().reshape(-1) * x_scale.double())
+    return bool((steps < 2**31 - 1).all())

@@ -11,14 +11,19 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qcompiler.backend import Artifact, Backend
+from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.export import NEEDS, Dialect, missing_packages
+from qcompiler.export.dialect import unwritable
 from qcompiler.export.draft import Draft
 from qcompiler.formats import Scheme
 from qcompiler.program import Program
 from qcompiler.sites import Site
 
 aten = torch.ops.aten
+CAPABILITIES = tuple(
+    Capability(kernel, op, "*", "*", 1e-5, "whichever kernels OpenVINO takes for the formats")
+    for kernel, op in (("MatMul", "linear"), ("Convolution", "conv"), ("Gather", "embedding"))
+)
 BY_ROWS = {aten.linear.default, aten.reshape.default}
 """Readers of a stored weight that keep its groups along what is summed."""
 
@@ -48,13 +53,16 @@ class OpenVinoBackend(Backend):
 
     name: ClassVar[str] = "openvino"
     summary: ClassVar[str] = "a standard ONNX file, run by OpenVINO on the CPU"
+    capabilities: ClassVar[tuple[Capability, ...]] = CAPABILITIES
     tolerance: ClassVar[float] = 2e-2
 
     def available(self) -> str | None:
         return missing_packages((*NEEDS, "openvino"), "onnx,openvino")
 
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
-        return None
+        if why := unwritable(scheme.activation):
+            return f"{self.name}: its input {why}"
+        return super().refuses(site, scheme)
 
     @classmethod
     def dialect(cls) -> type[Dialect]:

@@ -151,10 +151,10 @@ class Dialect:
         axis = _axis(known, tuple(value.shape)) if (zero is None) == (middle is None) else None
         whole = fmt.full or fmt.mirrored
         special = not fmt.is_integer or fmt.bits > 8 or fmt.scale is not None or fmt.clip != 1.0
-        if isinstance(fmt.kind, Minifloat | Half) or fmt.scale is not None:
+        if why := unwritable(fmt):
             raise BackendError(
-                f"{self.name}: node {node_id(node)} rounds to {fmt}, for which ONNX has no "
-                "operators; assign another format to it, or run it with --backend reference"
+                f"{self.name}: node {node_id(node)} {why}; assign another format to it, or run it "
+                "with --backend reference"
             )
         if special or (value.dtype == torch.float64 and not self.float32):
             node.target = ops.fake_quantize  # QuantizeLinear takes no float64
@@ -247,6 +247,13 @@ def format_of(node: fx.Node | None) -> QFormat | None:
     if node is None or node.target is not qc.fake_quantize.default:
         return None
     return QFormat.parse(str(node.args[1]))
+
+
+def unwritable(fmt: QFormat | None) -> str | None:
+    """Why an activation cannot be rounded to `fmt` in an ONNX file; None if it can."""
+    if fmt is not None and (isinstance(fmt.kind, Minifloat | Half) or fmt.scale is not None):
+        return f"rounds to {fmt}, for which ONNX has no operators"
+    return None
 
 
 def axes_of(fmt: QFormat, node: fx.Node) -> tuple[int, ...]:

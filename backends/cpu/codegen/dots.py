@@ -37,10 +37,10 @@ class Dots:
         self.sums = {cell: code.variable(self.kind) for cell in cells}
         self.moved = 128 if self.signed8 and bits == 8 else 0
 
-    def start(self, cells: Iterable[Hashable], total: Value | None, zero: int) -> None:
+    def start(self, cells: Iterable[Hashable], total: Value, zero: int) -> None:
         """The sums of these cells begin, at - zero · total where all inputs sum up to `total`."""
         value = ir.Constant(self.kind, None)
-        if total is not None and zero != self.moved:
+        if zero != self.moved:
             less = self.code.b.mul(total, ir.Constant(I32, self.moved - zero))
             value = self.code.splat(less, self.isa.lanes)
         for cell in cells:
@@ -50,8 +50,8 @@ class Dots:
         """The sums in float32."""
         return self.code.b.sitofp(self.sums[cell].get(), vector(FLOAT, self.isa.lanes))
 
-    def weights(self, codes: Value) -> Any:
-        """A vector of codes made ready for many `add`s."""
+    def weights(self, codes: Value, zero: Value | None) -> Any:
+        """A vector of codes made ready for many `add`s; `zero` is seen to elsewhere."""
         if self.moved:
             return self.code.b.xor(codes, self.code.constant(I32, -0x7F7F7F80, self.isa.lanes))
         return codes
@@ -142,8 +142,8 @@ class WideDots(Dots):
 
     signed8: ClassVar[bool] = True
 
-    def weights(self, codes: Value) -> tuple[Value, Value]:
-        return self._apart(super().weights(codes))
+    def weights(self, codes: Value, zero: Value | None) -> tuple[Value, Value]:
+        return self._apart(super().weights(codes, zero))
 
     def inputs(self, x: Value, offset: Value) -> tuple[Value, Value]:
         return self._apart(super().inputs(x, offset))

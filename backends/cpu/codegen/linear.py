@@ -97,6 +97,8 @@ class _Loops:
             "weight": code.mul(block, code.mul(chunks, 64 * spec.bits)),
             "scale": code.mul(block, code.mul(groups, spec.side_bytes)),
             "zero": code.mul(block, code.mul(groups, 64)),
+            "start": code.mul(block, code.mul(groups, 64)),
+            "x_zero": code.i64(0),
             "bias": code.mul(block, 64),
             "residual": code.add(code.mul(token, given["residual_stride"]), code.mul(block, 64)),
         }

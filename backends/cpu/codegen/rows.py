@@ -4,7 +4,7 @@
 
 as `formats.Grid` does it, to the bit: a token of zeros has scale 1; scales stop at the smallest
 normal number; a token with an infinity or NaN has that for its scale, and so has each output.
-Rows are padded to whole groups with numbers whose code is 0.
+Rows are padded with zeros to whole groups.
 """
 
 from __future__ import annotations
@@ -81,17 +81,16 @@ class _Rows:
     def write(self, code: Code, given: Mapping[str, Value], thread: Value, threads: Value) -> None:
         """The tokens of one thread."""
         start, end = share(code, given["tokens"], thread, threads)
-        # A row's last numbers, with padding behind them.
+        # A row's last numbers, with zeros behind them.
         tail = code.b.bitcast(code.variable(vector(FLOAT, CHUNK)).place, PTR)
         zero = self._zero(code, given)
         with code.loop(start, end) as token:
             row = code.at(given["x"], code.mul(token, given["x_stride"]))
             if self._how.before is not None:
                 row = self._made(code, given, token, row, thread, self._how.before)
-            padding = self._padding(code, given, token, zero)
-            self._tail(code, given, row, tail, padding)
+            self._tail(code, given, row, tail)
             scale = None if self._how.floating else self._scale(code, given, token, row, tail)
-            self._groups(code, given, token, row, tail, padding, scale, zero)
+            self._groups(code, given, token, row, tail, scale, zero)
 
     def _made(
         self,
@@ -118,19 +117,8 @@ class _Rows:
             zero.set(code.load(FLOAT, given["zero"]))
         return zero.get()
 
-    def _padding(
-        self, code: Code, given: Mapping[str, Value], token: Value, zero: Value | None
-    ) -> Value:
-        """32 numbers whose code is 0: -z s."""
-        if zero is None:
-            return ir.Constant(vector(FLOAT, CHUNK), None)
-        scale = code.load(FLOAT, given["scale"], code.mul(token, 4))
-        return code.splat(code.b.fneg(code.b.fmul(zero, scale)), CHUNK)
-
-    def _tail(
-        self, code: Code, given: Mapping[str, Value], row: Value, tail: Value, padding: Value
-    ) -> None:
-        code.store(padding, tail)
+    def _tail(self, code: Code, given: Mapping[str, Value], row: Value, tail: Value) -> None:
+        code.store(ir.Constant(vector(FLOAT, CHUNK), None), tail)
         first = code.mul(code.div(given["width"], CHUNK), CHUNK)
         with code.loop(first, given["width"]) as i:
             place = code.mul(code.add(i, code.mul(first, -1)), 4)
@@ -139,7 +127,7 @@ class _Rows:
     def _source(
         self, code: Code, given: Mapping[str, Value], row: Value, tail: Value, chunk: Value
     ) -> Value:
-        """Where the 32 numbers of `chunk` are: in the row, or its last ones and padding."""
+        """Where the 32 numbers of `chunk` are: in the row, or its last ones and zeros."""
         inside = code.b.icmp_signed("<", chunk, code.div(given["width"], CHUNK))
         return code.b.select(inside, code.at(row, code.mul(chunk, 4 * CHUNK)), tail)
 
@@ -178,7 +166,6 @@ class _Rows:
         token: Value,
         row: Value,
         tail: Value,
-        padding: Value,
         scale: Value | None,
         zero: Value | None,
     ) -> None:
@@ -193,9 +180,9 @@ class _Rows:
             first = code.mul(group, size)
             with code.loop(first, code.add(first, size)) as chunk:
                 source = self._source(code, given, row, tail, chunk)
-                # Chunks behind the row's last numbers are nothing but padding.
+                # Chunks behind the row's last numbers are nothing but zeros.
                 with code.b.if_then(code.b.icmp_signed(">", chunk, past)):
-                    code.store(padding, tail)
+                    code.store(ir.Constant(vector(FLOAT, CHUNK), None), tail)
                 self._chunk(code, source, out, chunk, scale, zero, total)
             value = code.total(total.get())
             place = code.add(code.mul(token, groups), group)

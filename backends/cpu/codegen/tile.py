@@ -4,6 +4,7 @@
 
 with unsigned codes u, a scale s and a zero point z for each group g of inputs. Symmetric formats
 have the same z for all, which is where the sums begin; other zero points come as products s z.
+Inputs with a zero point of their own, x - z', add - z' Σ (u - z) to where the sums begin.
 """
 
 from __future__ import annotations
@@ -32,8 +33,21 @@ from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.backends.cpu.codegen.layout import CHUNK, PLANES, STEPS
 from qcompiler.backends.cpu.codegen.products import Products
 
-POINTERS = ("y", "x", "total", "x_scale", "weight", "scale", "zero", "bias", "residual")
-"""What a tile is given by address; `total` are the sums of inputs by token and group."""
+POINTERS = (
+    "y",
+    "x",
+    "total",
+    "x_scale",
+    "weight",
+    "scale",
+    "zero",
+    "bias",
+    "residual",
+    "start",
+    "x_zero",
+)
+"""What a tile is given by address; `total` are the sums of inputs by token and group, `start` where
+sums begin by output and group."""
 NUMBERS = ("chunks", "x_stride", "y_stride", "residual_stride")
 """… and by value: chunks of 32 inputs; bytes from one token to the next."""
 
@@ -48,9 +62,11 @@ class Spec:
     half: bool = False
     """Scales are stored in 16 bits."""
     zeros: bool = False
-    """Each group has a zero point, which comes as the product s z in float32."""
+    """Each group has a zero point, float32: as the product s z, or z for floating activations."""
     floating: bool = False
     """Activations are float32, not int8."""
+    shifted: bool = False
+    """int8 activations have a zero point, one for all."""
     residual: bool = False
     """Something of the shape of y is added to it."""
 
@@ -116,6 +132,24 @@ class Tile:
         for m in range(self.tokens):
             cells = [(m, *place) for place in self._places]
             self.sums.start(cells, self._total(m, group, groups), zero)
+        self._zeros = dict.fromkeys(self._places)
+        for place in self._places:
+            if self.spec.shifted:
+                start = self._side("start", I32, place, group, groups)
+                for m in range(self.tokens):
+                    cell = self.sums.sums[m, *place]
+                    cell.set(self.code.b.add(cell.get(), start))
+            if self.spec.zeros and self.spec.floating:
+                self._zeros[place] = self._side("zero", FLOAT, place, group, groups)
+
+    def _side(
+        self, name: str, kind: ir.Type, place: tuple[int, int], group: Value, groups: Value
+    ) -> Value:
+        """32-bit numbers of a group, one for each output of a vector."""
+        n, v = place
+        row = self.code.add(self.code.mul(groups, n), group)
+        offset = self.code.add(self.code.mul(row, 64), v * self.isa.bytes)
+        return self.code.load(vector(kind, self.isa.lanes), self.given[name], offset)
 
     def _total(self, m: int, group: Value, groups: Value) -> Value:
         place = self.code.add(group, self.code.mul(groups, m))
@@ -135,7 +169,7 @@ class Tile:
         at = code.mul(steps, self.sums.step)
         codes = self._codes(chunk, number)
         for step in range(unit):
-            weights = {p: self.sums.weights(codes(step, *p)) for p in self._places}
+            weights = {p: self.sums.weights(codes(step, *p), self._zeros[p]) for p in self._places}
             for m in range(self.tokens):
                 offset = code.add(at, code.mul(self.given["x_stride"], m), step * self.sums.step)
                 x = self.sums.inputs(self.given["x"], offset)
@@ -179,7 +213,6 @@ class Tile:
     def _fold(self, group: Value, groups: Value) -> None:
         """y += s · sums - s z · total"""
         code, spec = self.code, self.spec
-        kind = vector(FLOAT, self.isa.lanes)
         for n, v in self._places:
             place = code.add(code.mul(groups, n), group)
             offset = code.add(code.mul(place, spec.side_bytes), v * spec.side_bytes // self.vectors)
@@ -187,17 +220,23 @@ class Tile:
             if spec.half:
                 scale = _widened(code, scale, self.isa)
             zero = None
-            if spec.zeros:
-                offset = code.add(code.mul(place, 64), v * self.isa.bytes)
-                zero = code.b.fneg(code.load(kind, self.given["zero"], offset))
+            if spec.zeros and not spec.floating:
+                zero = code.b.fneg(self._side("zero", FLOAT, (n, v), group, groups))
             for m in range(self.tokens):
                 cell = self.floats[m, n, v]
                 cell.set(code.fma(self.sums.value((m, n, v)), scale, cell.get()))
                 if zero is not None:
-                    total = self._total(m, group, groups)
-                    if not spec.floating:
-                        total = code.b.sitofp(total, FLOAT)
+                    total = code.b.sitofp(self._centred(m, group, groups), FLOAT)
                     cell.set(code.fma(code.splat(total, self.isa.lanes), zero, cell.get()))
+
+    def _centred(self, m: int, group: Value, groups: Value) -> Value:
+        """Σ (x - z') over the group."""
+        code, total = self.code, self._total(m, group, groups)
+        if not self.spec.shifted:
+            return total
+        size = code.b.udiv(code.mul(self.given["chunks"], CHUNK), groups)
+        point = code.b.fptosi(code.load(FLOAT, self.given["x_zero"]), I32)
+        return code.b.sub(total, code.b.mul(point, code.b.trunc(size, I32)))
 
     def _finish(self) -> None:
         """y = y · sx + b + residual"""
