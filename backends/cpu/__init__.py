@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qcompiler.backend import Backend, Capability
+from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.backends.cpu.kernels import GATHER, GENERATED, KERNELS, self_test
 from qcompiler.backends.cpu.lower import LowerEmbedding, LowerLinear
 from qcompiler.formats import Scheme
 from qcompiler.passbase import Pass
+from qcompiler.program import Program
 from qcompiler.sites import Site
 
 
@@ -47,6 +48,16 @@ class CpuBackend(Backend):
             LowerEmbedding(exclude=left, optional=True),
             *_fused(left),
         )
+
+    def build(self, program: Program) -> Artifact:
+        return _executed(program) if GENERATED else super().build(program)
+
+
+def _executed(program: Program) -> Artifact:
+    """A program that runs in memory of its own, as far as generated kernels can be bound to it."""
+    from qcompiler.backends.cpu.executor import CpuArtifact
+
+    return CpuArtifact(program)
 
 
 def _fused(left: tuple[str, ...]) -> tuple[Pass, ...]:

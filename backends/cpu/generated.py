@@ -7,33 +7,18 @@ With rounded activations the products are sums of integers, exact; see `codegen/
 
 from __future__ import annotations
 
-import threading
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qcompiler.backends.cpu.calls import LinearCall, RopeCall, group_of, scratch
 from qcompiler.backends.cpu.codegen import layout
-from qcompiler.backends.cpu.codegen.before import Before
-from qcompiler.backends.cpu.codegen.frame import Kernel
-from qcompiler.backends.cpu.codegen.isa import host
-from qcompiler.backends.cpu.codegen.linear import linear as linear_kernel
-from qcompiler.backends.cpu.codegen.rope import rope as rope_kernel
-from qcompiler.backends.cpu.codegen.rows import Rounding, rows
-from qcompiler.backends.cpu.codegen.tile import Spec
 from qcompiler.formats import QFormat, QTensor
 from qcompiler.formats.grid import spread
 
 MOST_INPUTS = 32768
 """Inputs that are summed in 32 bits before a scale is applied."""
-ALONE = 1 << 19
-"""Products below which a second thread costs more than it brings."""
-ALONE_ROWS = 1 << 15
-"""The same for numbers to be rounded."""
-LINE = 64
-"""Bytes between rows of activations, so that they do not all fall into one set of a cache."""
-
 _library = torch.library.Library("qc_cpu", "FRAGMENT")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? start, Tensor bias,"
@@ -53,12 +38,6 @@ class Packed(NamedTuple):
     """Zero point of the unsigned codes, times the scale for int8 activations; float32 like it."""
     start: Tensor | None
     """Where integer sums begin, int32 like `scale`; for int8 activations with a zero point."""
-
-
-def group_of(fmt: QFormat) -> int:
-    """Inputs that share a scale, in chunks of 32; 0 for all."""
-    inputs = fmt.block[-1] if fmt.block else -1
-    return 0 if inputs == -1 else inputs
 
 
 def fits(out: int, width: int, fmt: QFormat) -> str | None:
@@ -111,50 +90,6 @@ def _by_group(side: Tensor, q: QTensor, step: int) -> Tensor:
     return full[:, ::step] if full.shape[1] > 1 else full.expand(-1, -(-shape[1] // step))
 
 
-class Plan(NamedTuple):
-    """How a call is done."""
-
-    rows: Kernel
-    product: Kernel
-    group: int
-    unit: int
-    """Inputs that rows are padded to a multiple of."""
-    floating: bool
-
-
-@lru_cache(maxsize=256)
-def _plan(
-    format: str,
-    activation: str,
-    before: str,
-    half: bool,
-    zeros: bool,
-    static: bool,
-    shifted: bool,
-    residual: bool,
-    isa: str,
-) -> Plan:
-    weight = QFormat.parse(format)
-    group, floating = group_of(weight), activation == "float"
-    first = Before.parse(before)
-    rounding = Rounding(group, floating=True, before=first)
-    if not floating:
-        fmt = QFormat.parse(activation)
-        lower = 0 if fmt.signed else 128
-        rounding = Rounding(
-            group,
-            fmt.qmin - lower,
-            fmt.qmax - lower,
-            fmt.top,
-            fmt.clip,
-            static=static,
-            before=first,
-        )
-    spec = Spec(weight.bits, group, half, zeros, floating, shifted, residual)
-    unit = group or layout.CHUNK
-    return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating)
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -182,77 +117,14 @@ def linear(
     codes, whose part is in `start`). `before` is one of `codegen/before.py`, with
     what it takes: `other` of the shape of x, `gain` and `shift` (in,).
     """
-    width = x.shape[-1]
-    source, x_stride = _by_rows(x)
-    tokens = source.numel() // width
-    how = _plan(
-        format,
-        activation,
-        before,
-        scale.dtype == torch.float16,
-        zero is not None,
-        x_scale is not None,
-        start is not None,
-        residual is not None,
-        host().name,
-    )
-    full = layout.padded(width, how.unit)
-    chunks, groups = full // layout.CHUNK, full // how.group if how.group else 1
-    stride = full * (4 if how.floating else 1) + LINE
-    blocks = weight.shape[0]
-    threads = torch.get_num_threads() if tokens * width * out > ALONE else 1
-    members = threads if tokens * width > ALONE_ROWS else 1
-    codes = _scratch(tokens * (stride + 4 * groups + 4) + 4 * full * members)
-    totals = codes + tokens * stride
-    scales = totals + 4 * tokens * groups
-    work = scales + 4 * tokens
-    repeated = None if x_scale is None else x_scale.flatten().repeat(tokens)
-    if repeated is not None:
-        scales = repeated.data_ptr()
-    padded = blocks * layout.OUTPUTS
-    y = torch.empty(*x.shape[:-1], padded)
-    second, other_stride = (source, x_stride) if other is None else _by_rows(other)
-    more, more_stride = (y, 0) if residual is None else _by_rows(residual)
-    how.rows(
-        source.data_ptr(), codes, scales, totals, _address(x_zero), second.data_ptr(),
-        _address(gain), _address(shift), work,
-        tokens, width, x_stride, stride, chunks, other_stride, members,
-    )  # fmt: skip
-    how.product(
-        y.data_ptr(), codes, totals, scales, weight.data_ptr(), scale.data_ptr(),
-        _address(zero), bias.data_ptr(), more.data_ptr(), _address(start), _address(x_zero),
-        chunks, stride, 4 * padded, more_stride, tokens, blocks, threads,
-    )  # fmt: skip
-    if padded != out:
-        y = y[..., :out].contiguous()
+    y = torch.empty(*x.shape[:-1], weight.shape[0] * layout.OUTPUTS)
+    parameters = (weight, scale, zero, start, bias, x_scale, x_zero)
+    LinearCall(
+        x, y, parameters, format, activation, scratch,
+        before=before, other=other, gain=gain, shift=shift, residual=residual,
+    )()  # fmt: skip
+    y = y if y.shape[-1] == out else y[..., :out].contiguous()
     return y if x.dtype == torch.float32 else y.to(x.dtype)
-
-
-def _by_rows(x: Tensor) -> tuple[Tensor, int]:
-    """`x` in float32 as rows that lie one like the other, and the bytes from one to the next."""
-    x = x if x.dtype == torch.float32 else x.float()
-    shape, strides = x.shape, x.stride()
-    even = all(
-        strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.ndim - 2)
-    )
-    if strides[-1] != 1 or not even:
-        x = x.contiguous()
-    return x, 4 * (x.stride(-2) if x.ndim > 1 else x.shape[-1])
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-_own = threading.local()
-
-
-def _scratch(size: int) -> int:
-    """Address of memory that this thread may use until it asks again."""
-    held: Tensor | None = getattr(_own, "scratch", None)
-    if held is None or held.numel() < size:
-        held = _own.scratch = torch.empty(size, dtype=torch.uint8)
-    return held.data_ptr()
 
 
 def _shape(
@@ -270,13 +142,7 @@ torch.library.register_fake("qc_cpu::linear", _shape, lib=_library)
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`qc::rope` of halves: x (batch, heads, tokens, d) float32, cos and sin broadcast to it."""
     y = torch.empty_like(x)
-    parts = [p if p.stride(-1) == 1 else p.contiguous() for p in (x, cos, sin)]
-    wide = [y, parts[0], *(p.expand(x.shape) for p in parts[1:])]
-    strides = [4 * n for p in wide for n in p.stride()[:-1]]
-    threads = torch.get_num_threads() if x.numel() > ALONE_ROWS else 1
-    rope_kernel(host())(
-        *(p.data_ptr() for p in wide), *x.shape[:-1], x.shape[-1] // 2, *strides, threads
-    )
+    RopeCall(x, y, cos, sin)()
     return y
 
 

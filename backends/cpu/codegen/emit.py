@@ -112,6 +112,12 @@ class Code:
         place = self.b.bitcast(self.at(base, offset), ir.PointerType(value.type))
         self.b.store(value, place, align=1)
 
+    def prefetch(self, base: Value, offset: Number) -> None:
+        """Fetch the line at base + offset bytes into the nearer caches; any address will do."""
+        place = self.b.bitcast(self.at(base, offset), PTR)
+        number = [ir.Constant(I32, n) for n in (0, 2, 1)]  # read, keep for long, data
+        self.call("llvm.prefetch.p0", VOID, place, *number)
+
     # -- vectors ------------------------------------------------------------------------------
 
     def splat(self, value: Value, lanes: int) -> Value:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from llvmlite import ir
 
@@ -76,6 +77,6 @@ class Kernel:
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address)
         self._pack = struct.Struct(f"{size}q").pack
 
-    def __call__(self, *frame: int) -> None:
-        """Run on this frame: addresses, sizes, threads."""
-        self._run(self._pack(*frame))
+    def bound(self, *frame: int) -> Callable[[], None]:
+        """A call with this frame: addresses, sizes, threads."""
+        return partial(self._run, self._pack(*frame))

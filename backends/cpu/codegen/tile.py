@@ -192,6 +192,10 @@ class Tile:
                 rest = code.mul(number, 64 * (self.spec.unit * width // 8))
                 offset = code.add(base, code.mul(block, n), rest, 64 * key[0] + v * self.isa.bytes)
                 loaded[key] = code.load(vector(I32, lanes), self.given["weight"], offset)
+                if self.tokens == 1 and v == 0:
+                    code.prefetch(
+                        self.given["weight"], code.add(offset, code.mul(block, self.blocks))
+                    )
             value = loaded[key]
             if width == 8:
                 return value
@@ -217,6 +221,9 @@ class Tile:
             place = code.add(code.mul(groups, n), group)
             offset = code.add(code.mul(place, spec.side_bytes), v * spec.side_bytes // self.vectors)
             scale = code.load(vector(spec.side, self.isa.lanes), self.given["scale"], offset)
+            if self.tokens == 1 and v == 0:
+                ahead = code.mul(code.mul(groups, spec.side_bytes), self.blocks)
+                code.prefetch(self.given["scale"], code.add(offset, ahead))
             if spec.half:
                 scale = _widened(code, scale, self.isa)
             zero = None

@@ -1,0 +1,190 @@
+"""Calls of generated kernels, bound to the memory that they work on: made once, run many times.
+
+A call holds addresses, not tensors: whoever makes it keeps the tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qcompiler.backends.cpu.codegen import layout
+from qcompiler.backends.cpu.codegen.before import Before
+from qcompiler.backends.cpu.codegen.frame import Kernel
+from qcompiler.backends.cpu.codegen.isa import host
+from qcompiler.backends.cpu.codegen.linear import linear as linear_kernel
+from qcompiler.backends.cpu.codegen.rope import rope as rope_kernel
+from qcompiler.backends.cpu.codegen.rows import Rounding, rows
+from qcompiler.backends.cpu.codegen.tile import Spec
+from qcompiler.formats import QFormat
+
+ALONE = 1 << 19
+"""Products below which a second thread costs more than it brings."""
+ALONE_ROWS = 1 << 15
+"""The same for numbers to be rounded."""
+LINE = 64
+"""Bytes between rows of activations, so that they do not all fall into one set of a cache."""
+Parameters = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None
+]
+"""weight, scale, zero, start, bias, x_scale, x_zero: see `generated.Packed`."""
+
+
+def group_of(fmt: QFormat) -> int:
+    """Inputs that share a scale, in chunks of 32; 0 for all."""
+    inputs = fmt.block[-1] if fmt.block else -1
+    return 0 if inputs == -1 else inputs
+
+
+class Plan(NamedTuple):
+    """How a call is done."""
+
+    rows: Kernel
+    product: Kernel
+    group: int
+    unit: int
+    """Inputs that rows are padded to a multiple of."""
+    floating: bool
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    format: str,
+    activation: str,
+    before: str,
+    half: bool,
+    zeros: bool,
+    static: bool,
+    shifted: bool,
+    residual: bool,
+    isa: str,
+) -> Plan:
+    weight = QFormat.parse(format)
+    group, floating = group_of(weight), activation == "float"
+    first = Before.parse(before)
+    rounding = Rounding(group, floating=True, before=first)
+    if not floating:
+        fmt = QFormat.parse(activation)
+        lower = 0 if fmt.signed else 128
+        rounding = Rounding(
+            group,
+            fmt.qmin - lower,
+            fmt.qmax - lower,
+            fmt.top,
+            fmt.clip,
+            static=static,
+            before=first,
+        )
+    spec = Spec(weight.bits, group, half, zeros, floating, shifted, residual)
+    unit = group or layout.CHUNK
+    return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating)
+
+
+class LinearCall:
+    """y = round(before(x)) Ŵᵀ + b + residual; see `generated.linear`."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        parameters: Parameters,
+        format: str,
+        activation: str,
+        scratch: Callable[[int], int],
+        *,
+        before: str = "",
+        other: Tensor | None = None,
+        gain: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
+        """`y` (…, whole blocks of outputs) float32, contiguous; `scratch` gives the address of so
+        many bytes to work in."""
+        weight, scale, zero, start, bias, x_scale, x_zero = parameters
+        width, padded = x.shape[-1], y.shape[-1]
+        source, x_stride = by_rows(x)
+        tokens = source.numel() // width
+        how = _plan(
+            format, activation, before, scale.dtype == torch.float16, zero is not None,
+            x_scale is not None, start is not None, residual is not None, host().name,
+        )  # fmt: skip
+        full = layout.padded(width, how.unit)
+        chunks, groups = full // layout.CHUNK, full // how.group if how.group else 1
+        stride = full * (4 if how.floating else 1) + LINE
+        threads = torch.get_num_threads() if tokens * width * padded > ALONE else 1
+        members = threads if tokens * width > ALONE_ROWS else 1
+        codes = scratch(tokens * (stride + 4 * groups + 4) + 4 * full * members)
+        totals = codes + tokens * stride
+        scales = totals + 4 * tokens * groups
+        work = scales + 4 * tokens
+        repeated = None if x_scale is None else x_scale.flatten().repeat(tokens)
+        if repeated is not None:
+            scales = repeated.data_ptr()
+        second, other_stride = (source, x_stride) if other is None else by_rows(other)
+        more, more_stride = (y, 0) if residual is None else by_rows(residual)
+        self._held = (source, second, more, repeated)
+        self._rows = how.rows.bound(
+            source.data_ptr(), codes, scales, totals, _address(x_zero), second.data_ptr(),
+            _address(gain), _address(shift), work,
+            tokens, width, x_stride, stride, chunks, other_stride, members,
+        )  # fmt: skip
+        self._product = how.product.bound(
+            y.data_ptr(), codes, totals, scales, weight.data_ptr(), scale.data_ptr(),
+            _address(zero), bias.data_ptr(), more.data_ptr(), _address(start), _address(x_zero),
+            chunks, stride, 4 * padded, more_stride, tokens, weight.shape[0], threads,
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        """Run it."""
+        self._rows()
+        self._product()
+
+
+class RopeCall:
+    """`qc::rope` of halves from x to y, (batch, heads, tokens, d) float32 in any memory order."""
+
+    def __init__(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> None:
+        parts = [p if p.stride(-1) == 1 else p.contiguous() for p in (x, cos, sin)]
+        wide = [y, parts[0], *(p.expand(x.shape) for p in parts[1:])]
+        self._held = wide
+        strides = [4 * n for p in wide for n in p.stride()[:-1]]
+        threads = torch.get_num_threads() if x.numel() > ALONE_ROWS else 1
+        self._run = rope_kernel(host()).bound(
+            *(p.data_ptr() for p in wide), *x.shape[:-1], x.shape[-1] // 2, *strides, threads
+        )
+
+    def __call__(self) -> None:
+        """Run it."""
+        self._run()
+
+
+def by_rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` in float32 as rows that lie one like the other, and the bytes from one to the next."""
+    x = x if x.dtype == torch.float32 else x.float()
+    shape, strides = x.shape, x.stride()
+    even = all(
+        strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.ndim - 2)
+    )
+    if strides[-1] != 1 or not even:
+        x = x.contiguous()
+    return x, 4 * (x.stride(-2) if x.ndim > 1 else x.shape[-1])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+_own = threading.local()
+
+
+def scratch(size: int) -> int:
+    """Address of memory that this thread may use until it asks again."""
+    held: Tensor | None = getattr(_own, "scratch", None)
+    if held is None or held.numel() < size:
+        held = _own.scratch = torch.empty(size, dtype=torch.uint8)
+    return held.data_ptr()

@@ -1,0 +1,308 @@
+"""Running a lowered program: what can be settled once is, and a call does the rest.
+
+Of a value whose shape is known the memory is known too. It gets a place beforehand, which others
+take over behind its last reader. Then a view is nothing at run time, and a generated kernel is one
+call with addresses that are already filled in. The others run as they are: one line each of a
+Python function that is written for the program.
+
+    decode, one token: norms, products and rotations are settled; what reads the cache is not
+    a prompt of any length: nothing is settled but what depends on no input
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.backend import ProgramArtifact
+from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
+from qcompiler.program import Program
+from qcompiler.run import last_readers
+from qcompiler.samples import Flat
+
+aten = torch.ops.aten
+LINEAR, ROPE = torch.ops.qc_cpu.linear.default, torch.ops.qc_cpu.rope.default
+VIEWS = {
+    aten.slice.Tensor,
+    aten.reshape.default,
+    aten.view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.select.int,
+}
+FRESH = {aten.scaled_dot_product_attention.default, aten.rms_norm.default}
+"""Operators that are made of others and yet never return what they read."""
+FOLDED = 1 << 16
+"""Numbers in a value that depends on no input and is kept instead of computed anew."""
+
+
+class CpuArtifact(ProgramArtifact):
+    """A lowered program with the memory that it runs in; each thread has its own."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self._own = threading.local()
+
+    def run(self, inputs: Flat) -> tuple[object, ...]:
+        threads = torch.get_num_threads()  # how calls are bound depends on it
+        settled: Settled | None = getattr(self._own, "settled", None)
+        if settled is None or settled.threads != threads:
+            settled = self._own.settled = Settled(self.program, threads)
+        with torch.no_grad():
+            return tuple(settled.run(*inputs))
+
+
+@dataclass
+class Pool:
+    """Memory that is given out, taken back and given out again."""
+
+    free: dict[int, list[Tensor]] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
+
+    def take(self, like: Tensor) -> Tensor:
+        """Contiguous memory of the shape and type of `like`."""
+        size = like.numel() * like.element_size()
+        if waiting := self.free.get(size):
+            block = waiting.pop()
+        else:
+            block = torch.empty(size, dtype=torch.uint8)
+            self.held.append(block)
+        return block.view(like.dtype).reshape(like.shape)
+
+    def give(self, value: Tensor) -> None:
+        """Take it back."""
+        block = next(b for b in self.held if b.data_ptr() == value.untyped_storage().data_ptr())
+        self.free.setdefault(block.numel(), []).append(block)
+
+
+class Settled:
+    """A program made into a Python function."""
+
+    def __init__(self, program: Program, threads: int) -> None:
+        self.threads = threads
+        self._program = program
+        self._pool = Pool()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._old: list[Tensor] = []
+        self._values: dict[fx.Node, Any] = {}
+        """Values with a place: parameters, what depends on nothing, what is computed into one."""
+        self._constant: set[fx.Node] = set()
+        self._wanted = _wanted(program)
+        self._base: dict[fx.Node, fx.Node] = {}
+        """View → the node whose memory it looks at."""
+        self._lent: set[fx.Node] = set()
+        """Values without a place that may look at the memory of one that has."""
+        self._readers: dict[fx.Node, int] = {}
+        """Node with a place in the pool → how many are still to read it."""
+        self._names: dict[str, object] = {"torch": torch}
+        self._lines: list[str] = []
+        self.run = self._written()
+
+    def _written(self) -> Callable[..., tuple[object, ...]]:
+        arguments = []
+        last = last_readers(self._program.graph.nodes)
+        with torch.no_grad():
+            for node in self._program.graph.nodes:
+                if node.op == "placeholder":
+                    arguments += self._placeholder(node)
+                elif node.op == "call_function":
+                    self._call(node)
+                    self._done(node, last.get(node, ()))
+                else:
+                    self._output(node)
+        head = f"def run({', '.join(arguments)}):"
+        text = "\n    ".join([head, *self._lines])
+        exec(compile(text, "<settled program>", "exec"), self._names)
+        return self._names["run"]  # type: ignore[return-value]
+
+    def _placeholder(self, node: fx.Node) -> list[str]:
+        """A parameter is its value; an input has a place if its shape is known."""
+        name = self._program.slots.get(node.name)
+        if name is not None:
+            self._values[node] = self._program.params[name]
+            self._constant.add(node)
+            return []
+        if node in self._wanted:
+            self._lines.append(f"{self._place(node)}.copy_({node.name})")
+        return [node.name]
+
+    def _call(self, node: fx.Node) -> None:
+        inputs = node.all_input_nodes
+        if _known(node) and all(n in self._constant for n in inputs) and self._fold(node):
+            self._constant.add(node)
+            return
+        settled = _known(node) and all(n in self._values for n in inputs)
+        if settled and (self._view(node) or self._linear(node) or self._rope(node)):
+            return
+        text = self._text(node)
+        if node in self._wanted:
+            self._lines.append(f"{self._place(node)}.copy_({text})")
+            return
+        self._lines.append(f"{node.name} = {text}")
+        if not _fresh(node.target):
+            self._lend(node)
+
+    def _lend(self, node: fx.Node) -> None:
+        """`node` may look at the memory of what it reads, which is then never given back."""
+        for value in node.all_input_nodes:
+            base = self._base.get(value, value)
+            if base in self._readers or value in self._lent:
+                self._lent.add(node)
+                self._readers.pop(base, None)
+
+    def _fold(self, node: fx.Node) -> bool:
+        """What depends on no input is computed now."""
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random or node.meta["val"].numel() > FOLDED:
+            return False
+        self._values[node] = node.target(*self._given(node.args), **self._given(node.kwargs))
+        return True
+
+    def _view(self, node: fx.Node) -> bool:
+        if node.target not in VIEWS:
+            return False
+        source = node.all_input_nodes[0]
+        value = node.target(*self._given(node.args), **self._given(node.kwargs))
+        memory = self._values[source].untyped_storage().data_ptr()
+        if len(node.all_input_nodes) > 1 or value.untyped_storage().data_ptr() != memory:
+            return False  # a reshape that had to copy
+        self._values[node] = value
+        base = self._base.get(source, source)
+        self._base[node] = base
+        if base in self._readers:
+            self._readers[base] += len(node.users)
+        return True
+
+    def _linear(self, node: fx.Node) -> bool:
+        if node.target is not LINEAR:
+            return False
+        x, *parameters, format, activation, out = self._given(node.args)
+        others = self._given(node.kwargs)
+        if x.dtype != torch.float32 or not all(map(_by_rows, (x, *others.values()))):
+            return False
+        padded = parameters[0].shape[0] * 16
+        y = self._place(node, torch.empty(*x.shape[:-1], padded, device="meta"))
+        call = LinearCall(
+            x, self._names[y], tuple(parameters), format, activation, self._work, **others
+        )
+        self._values[node] = self._names[y][..., :out]  # type: ignore[index]
+        self._lines.append(f"{self._name(call)}()")
+        return True
+
+    def _rope(self, node: fx.Node) -> bool:
+        if node.target is not ROPE or any(p.stride(-1) != 1 for p in self._given(node.args)):
+            return False
+        x, cos, sin = self._given(node.args)
+        like = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        call = RopeCall(x, self._names[self._place(node, like)], cos, sin)  # type: ignore[arg-type]
+        self._lines.append(f"{self._name(call)}()")
+        return True
+
+    def _output(self, node: fx.Node) -> None:
+        """What lies in memory that the next call uses again is copied out of it."""
+        parts = [
+            f"{self._part(n)}.clone()" if n in self._values or n in self._lent else self._part(n)
+            for n in node.args[0]
+        ]
+        self._lines.append(f"return ({''.join(p + ', ' for p in parts)})")
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def _place(self, node: fx.Node, like: Tensor | None = None) -> str:
+        """The name of a place for the value of `node`."""
+        value = self._pool.take(node.meta["val"] if like is None else like)
+        self._values[node] = value
+        self._readers[node] = len(node.users)
+        return self._name(value)
+
+    def _done(self, node: fx.Node, read: Sequence[fx.Node]) -> None:
+        """Memory is free behind its last reader; `node` is that of the values `read`."""
+        for value in node.all_input_nodes:
+            base = self._base.get(value, value)
+            if base in self._readers:
+                self._readers[base] -= 1
+                if not self._readers[base]:
+                    del self._readers[base]
+                    self._pool.give(self._values[base])
+        gone = [n.name for n in read if n not in self._values]
+        if gone:
+            self._lines.append(f"del {', '.join(gone)}")
+
+    def _work(self, size: int) -> int:
+        """Memory that each call may use while it runs."""
+        if self._scratch.numel() < size:
+            self._old.append(self._scratch)  # calls that are bound to it still use it
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch.data_ptr()
+
+    # -- text ---------------------------------------------------------------------------------
+
+    def _text(self, node: fx.Node) -> str:
+        parts = [self._part(a) for a in node.args]
+        parts += [f"{key}={self._part(a)}" for key, a in node.kwargs.items()]
+        return f"{self._name(node.target)}({', '.join(parts)})"
+
+    def _part(self, value: object) -> str:
+        if isinstance(value, fx.Node):
+            return self._name(self._values[value]) if value in self._values else value.name
+        if isinstance(value, list | tuple):
+            inner = ", ".join(map(self._part, value))
+            return f"[{inner}]"
+        return self._name(value)
+
+    def _name(self, value: object) -> str:
+        name = f"_{len(self._names)}"
+        self._names[name] = value
+        return name
+
+    def _given(self, arguments: Any) -> Any:
+        return fx.node.map_arg(arguments, lambda n: self._values[n])
+
+
+def _known(node: fx.Node) -> bool:
+    """Whether the shape of its value is: all sizes are numbers."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and all(isinstance(n, int) for n in value.shape)
+
+
+def _fresh(target: object) -> bool:
+    """Whether results are new memory, whatever is read. A composite operator may do nothing at all,
+    as `reshape` and `contiguous` do."""
+    if not isinstance(target, torch._ops.OpOverload) or target in FRESH:
+        return target in FRESH
+    composite = "CompositeImplicitAutograd"
+    views = any(result.alias_info is not None for result in target._schema.returns)
+    return not views and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(), composite
+    )
+
+
+def _wanted(program: Program) -> set[fx.Node]:
+    """What generated kernels read, views looked through: it pays to give these values a place."""
+    waiting = [
+        n
+        for node in program.graph.nodes
+        if node.target in (LINEAR, ROPE) and _known(node)
+        for n in node.all_input_nodes
+    ]
+    found: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node.target in VIEWS:
+            waiting.append(node.all_input_nodes[0])
+        elif _known(node) and node.name not in program.slots and node.target not in (LINEAR, ROPE):
+            found.add(node)
+    return found
+
+
+def _by_rows(value: object) -> bool:
+    """Whether rows of a tensor lie one like the other, so that it need not be copied."""
+    return not isinstance(value, Tensor) or by_rows(value)[0] is value
