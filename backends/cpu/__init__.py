@@ -64,9 +64,16 @@ def _fused(left: tuple[str, ...]) -> tuple[Pass, ...]:
     """What fewer and larger calls are made by."""
     if not GENERATED:
         return ()
-    from qcompiler.backends.cpu.fuse import FuseBefore, FuseResidual, LowerRope, MergeLinears
+    from qcompiler.backends.cpu import fuse
 
-    return tuple(cls(exclude=left) for cls in (MergeLinears, FuseBefore, FuseResidual, LowerRope))
+    passes = (
+        fuse.MergeLinears,
+        fuse.FuseBefore,
+        fuse.FuseResidual,
+        fuse.LowerRope,
+        fuse.LowerAttention,
+    )
+    return tuple(cls(exclude=left) for cls in passes)
 
 
 def _shape(name: str, site: Site, scheme: Scheme) -> str | None:

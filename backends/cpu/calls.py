@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.cpu.codegen import layout
+from qcompiler.backends.cpu.codegen.attention import attention
 from qcompiler.backends.cpu.codegen.before import Before
 from qcompiler.backends.cpu.codegen.frame import Kernel
 from qcompiler.backends.cpu.codegen.isa import host
@@ -157,6 +158,40 @@ class RopeCall:
         self._run = rope_kernel(host()).bound(
             *(p.data_ptr() for p in wide), *x.shape[:-1], x.shape[-1] // 2, *strides, threads
         )
+
+    def __call__(self) -> None:
+        """Run it."""
+        self._run()
+
+
+class AttendCall:
+    """y = softmax(q Kᵀ scale + mask) V, of float32 (batch, heads, tokens, d) whose heads have whole
+    vectors; `mask` is bool and broadcasts to (batch, heads, tokens, keys)."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        scratch: Callable[[int], int],
+    ) -> None:
+        isa = host()
+        batch, heads, tokens, width = q.shape
+        past = k.shape[2]
+        seen = q if mask is None else mask.expand(batch, heads, tokens, past)
+        parts = [p if p.stride(-1) == 1 else p.contiguous() for p in (y, q, k, v, seen)]
+        factor = torch.tensor([scale])
+        threads = torch.get_num_threads() if batch * heads * past * width > ALONE else 1
+        work = scratch(4 * threads * (past + isa.lanes))
+        self._held = (*parts, factor)
+        strides = [n * p.element_size() for p in parts for n in p.stride()[:-1]]
+        self._run = attention(isa, width, mask is not None).bound(
+            *(p.data_ptr() for p in (*parts, factor)), work,
+            batch, heads, tokens, past, heads // k.shape[1], *strides, threads,
+        )  # fmt: skip
 
     def __call__(self) -> None:
         """Run it."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backend import ProgramArtifact
+from qcompiler.backends.cpu import generated
 from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
 from qcompiler.program import Program
 from qcompiler.run import last_readers
@@ -27,6 +28,13 @@ from qcompiler.samples import Flat
 
 aten = torch.ops.aten
 LINEAR, ROPE = torch.ops.qc_cpu.linear.default, torch.ops.qc_cpu.rope.default
+ATTEND = torch.ops.qc_cpu.attend.default
+DIRECT: dict[object, object] = {
+    LINEAR: generated.linear,
+    ROPE: generated.rope,
+    ATTEND: generated.attend,
+}
+"""Operators that are Python functions."""
 VIEWS = {
     aten.slice.Tensor,
     aten.reshape.default,
@@ -248,7 +256,8 @@ class Settled:
     def _text(self, node: fx.Node) -> str:
         parts = [self._part(a) for a in node.args]
         parts += [f"{key}={self._part(a)}" for key, a in node.kwargs.items()]
-        return f"{self._name(node.target)}({', '.join(parts)})"
+        target = DIRECT.get(node.target, node.target)  # the dispatcher has nothing to add
+        return f"{self._name(target)}({', '.join(parts)})"
 
     def _part(self, value: object) -> str:
         if isinstance(value, fx.Node):

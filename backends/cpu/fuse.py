@@ -28,6 +28,9 @@ from qcompiler.passbase import Pass
 aten = torch.ops.aten
 LINEAR = torch.ops.qc_cpu.linear.default
 ROPE = torch.ops.qc_cpu.rope.default
+ATTEND = torch.ops.qc_cpu.attend.default
+SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""Arguments of attention behind q, k and v."""
 TENSORS = 8
 """Arguments of the operator that are tensors: x, the weight's, the bias, x_scale and x_zero."""
 FLIPPED = 1e-2
@@ -200,6 +203,30 @@ class LowerRope(Fuse):
                 continue
             edit.spend("rope", node)
             new = edit.call(ROPE, x, cos, sin, like=node, replaces=[node])
+            edit.replace(node, new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerAttention(Fuse):
+    """Attention that is fast for one query, too, and joins heads without a copy."""
+
+    name: ClassVar[str] = "cpu_attention"
+
+    def fuse(self, edit: Edit) -> None:
+        for node in list(edit.calls(aten.scaled_dot_product_attention.default)):
+            named = dict(zip(SDPA, node.args[3:], strict=False)) | dict(node.kwargs)
+            q, k, v = node.args[:3]
+            shapes = [n.meta["val"].shape for n in (q, k, v)]
+            plain = all(len(s) == 4 and isinstance(s[1], int) for s in shapes)
+            if not plain or named.get("dropout_p") or str(shapes[0][3]) != str(shapes[2][3]):
+                edit.skip(node, "takes four axes, without dropout, values as wide as queries")
+                continue
+            edit.spend("attend", node)
+            scale = named.get("scale") or int(shapes[0][3]) ** -0.5
+            new = edit.call(
+                ATTEND, q, k, v, named.get("attn_mask"), scale, bool(named.get("is_causal")),
+                like=node, replaces=[node],
+            )  # fmt: skip
             edit.replace(node, new)
 
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qcompiler.backends.cpu.calls import LinearCall, RopeCall, group_of, scratch
+from qcompiler.backends.cpu.calls import AttendCall, LinearCall, RopeCall, group_of, scratch
 from qcompiler.backends.cpu.codegen import layout
+from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.formats import QFormat, QTensor
 from qcompiler.formats.grid import spread
 
@@ -149,3 +150,34 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 _library.define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.impl("rope", rope, "CPU")
 torch.library.register_fake("qc_cpu::rope", lambda x, cos, sin: torch.empty_like(x), lib=_library)
+
+
+FEW = 4
+"""Queries to a head up to which the generated kernel is the faster one."""
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """Attention of q (batch, heads, tokens, d) over k and v (batch, groups of heads, keys, d).
+
+    The result lies in memory as (batch, tokens, heads, d), so that heads are joined without a copy.
+    """
+    batch, heads, tokens, width = q.shape
+    plain = not causal and (mask is None or mask.dtype == torch.bool)
+    if tokens > FEW or not plain or width % host().lanes or not k.shape[2]:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=heads != k.shape[1]
+        )
+    y = torch.empty(batch, tokens, heads, width).transpose(1, 2)
+    AttendCall(q, k, v, y, mask, scale, scratch)()
+    return y
+
+
+_library.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor"
+)
+_library.impl("attend", attend, "CPU")
+torch.library.register_fake(
+    "qc_cpu::attend", lambda q, k, v, mask, scale, causal: torch.empty_like(q), lib=_library
+)

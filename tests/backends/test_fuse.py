@@ -153,3 +153,36 @@ def test_a_wrong_fusion_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = f"canonicalize,fold{{optional=true}},{W4A8}"
     with pytest.raises(qcompiler.QCompilerError, match="cpu_before"):
         qcompiler.compile(module, example, passes=passes, backend=backend)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "tokens", "keys", "width"),
+    [(1, 16, 8, 1, 129, 64), (2, 4, 4, 3, 7, 32), (1, 8, 2, 4, 40, 128), (2, 4, 2, 9, 9, 12)],
+)
+def test_attention(
+    mask: str, batch: int, heads: int, groups: int, tokens: int, keys: int, width: int
+) -> None:
+    """Few queries by the generated kernel, many by torch's; transposed and broadcast operands."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, tokens, heads, width, generator=generator).transpose(1, 2)
+    k = torch.randn(batch, groups, keys, width, generator=generator)
+    v = torch.randn(batch, keys, groups, width, generator=generator).transpose(1, 2)
+    seen = torch.rand(batch, 1, tokens, keys, generator=generator) > 0.4
+    given = {"bool": seen, "float": seen.float()}.get(mask)
+    got = torch.ops.qc_cpu.attend(q, k, v, given, 0.2, mask == "causal")
+    wide = None if given is None else given.double() if mask == "float" else given
+    want = nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), wide, scale=0.2, is_causal=mask == "causal",
+        enable_gqa=True,
+    )  # fmt: skip
+    assert (got - want).norm() / want.norm() < 1e-6
+
+
+def test_attention_to_nothing_and_to_nan() -> None:
+    q, k, v = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)
+    hidden = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
+    assert torch.equal(torch.ops.qc_cpu.attend(q, k, v, hidden, 0.1, False), torch.zeros_like(q))
+    k[0, 1, 3, 7] = torch.nan
+    got = torch.ops.qc_cpu.attend(q, k, v, None, 0.1, False)
+    assert got[0, 0].isfinite().all() and got[0, 1].isnan().all()

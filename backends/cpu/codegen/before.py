@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from qcompiler.backends.cpu.codegen.emit import FLOAT, I32, Code, Value, Variable, vector
+from qcompiler.backends.cpu.codegen.emit import FLOAT, Code, Value, Variable, vector
+from qcompiler.backends.cpu.codegen.functions import exp
 from qcompiler.backends.cpu.codegen.isa import Isa
 
 Part = Callable[[Value, int], None]
@@ -134,7 +135,7 @@ class Row:
         series = self._number(1.061405429, x)
         for term in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
             series = self.code.fma(series, t, self._number(term, x))
-        tail = b.fmul(b.fmul(series, t), self._exp(b.fneg(b.fmul(z, z))))
+        tail = b.fmul(b.fmul(series, t), exp(self.code, b.fneg(b.fmul(z, z))))
         # Φ(x) is tail / 2 on the left and 1 - tail / 2 on the right.
         half = b.fmul(tail, self._number(0.5, x))
         left = b.fcmp_ordered("<", x, self._number(0.0, x))
@@ -142,24 +143,7 @@ class Row:
 
     def _over_one_plus_exp(self, x: Value, exponent: Value) -> Value:
         b = self.code.b
-        return b.fdiv(x, b.fadd(self._number(1.0, x), self._exp(exponent)))
-
-    def _exp(self, x: Value) -> Value:
-        """e^x = 2^n e^r with |r| < ln 2 / 2, e^r by a polynomial (Cephes' expf: 2e-7)."""
-        code, b, lanes = self.code, self.code.b, x.type.count
-        x = b.select(b.fcmp_ordered("<", x, self._number(88.0, x)), x, self._number(88.0, x))
-        x = b.select(b.fcmp_ordered(">", x, self._number(-87.0, x)), x, self._number(-87.0, x))
-        n = code.call(f"llvm.rint.v{lanes}f32", x.type, b.fmul(x, self._number(1 / math.log(2), x)))
-        r = code.fma(n, self._number(-0.693359375, x), x)
-        r = code.fma(n, self._number(2.12194440e-4, x), r)
-        series = self._number(1.9875691500e-4, x)
-        for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
-            series = code.fma(series, r, self._number(term, x))
-        value = b.fadd(code.fma(b.fmul(series, r), r, r), self._number(1.0, x))
-        whole = b.fptosi(n, vector(I32, lanes))
-        bits = b.add(whole, code.constant(I32, 127, lanes))
-        power = b.bitcast(b.shl(bits, code.constant(I32, 23, lanes)), x.type)
-        return b.fmul(value, power)
+        return b.fdiv(x, b.fadd(self._number(1.0, x), exp(self.code, exponent)))
 
     def _number(self, value: float, like: Value) -> Value:
         return self.code.constant(FLOAT, value, like.type.count)
