@@ -31,19 +31,17 @@ class TwiceNegated(nn.Module):
         return self.b(torch.neg(torch.neg(self.a(x))))
 
 
-def test_the_pass_and_the_backend() -> None:
+def test_the_pass() -> None:
     drop = block("DropDoubleNegation")["DropDoubleNegation"]
-    backend = block("MyBackend")["MyBackend"]
     model, x = TwiceNegated().eval(), torch.randn(3, 8)
     rest = "fold{optional=true},assign{head=same},quantize"
     passes = ("canonicalize{optional=true}", drop(), *rest.split(","))
-    compiled = qcompiler.compile(model, x, passes=passes, backend=backend())
+    compiled = qcompiler.compile(model, x, passes=passes)
     step = next(s for s in compiled.history if s.name == "drop_double_negation")
     assert len(step.edits) == 1 and step.metrics["error"] == 0
     assert "neg" not in str(compiled.program)
     error = (compiled(x) - model(x)).norm() / model(x).norm()
     assert 0 < error < 0.02
-    assert compiled.backend.name == "mine"
 
 
 def test_the_front_door(tmp_path: Path) -> None:
@@ -55,5 +53,5 @@ def test_the_front_door(tmp_path: Path) -> None:
     assert names["logits"].shape[:2] == (1, 6)
     again = qcompiler.load(tmp_path / "out")
     assert torch.equal(again(input_ids=names["ids"]).logits, names["logits"])
-    for command in re.findall(r"^    \.venv/bin/qcompiler (\w+)", README, re.M):
+    for command in re.findall(r"^    \.venv/bin/qcompiler ([\w-]+)", README, re.M):
         assert command in qcompiler.cli.main.commands

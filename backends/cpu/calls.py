@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.attention import attention
-from qcompiler.backends.cpu.codegen.before import Before
+from qcompiler.backends.cpu.codegen.before import Before, spare_bytes
 from qcompiler.backends.cpu.codegen.frame import Kernel
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.linear import linear as linear_kernel
@@ -51,6 +51,8 @@ class Plan(NamedTuple):
     unit: int
     """Inputs that rows are padded to a multiple of."""
     floating: bool
+    spare: int
+    """Bytes that each thread works in besides a row."""
 
 
 @lru_cache(maxsize=256)
@@ -83,7 +85,8 @@ def _plan(
         )
     spec = Spec(weight.bits, group, half, zeros, floating, shifted, residual)
     unit = group or layout.CHUNK
-    return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating)
+    more = spare_bytes(host(), first)
+    return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating, more)
 
 
 class LinearCall:
@@ -119,7 +122,7 @@ class LinearCall:
         stride = full * (4 if how.floating else 1) + LINE
         threads = torch.get_num_threads() if tokens * width * padded > ALONE else 1
         members = threads if tokens * width > ALONE_ROWS else 1
-        codes = scratch(tokens * (stride + 4 * groups + 4) + 4 * full * members)
+        codes = scratch(tokens * (stride + 4 * groups + 4) + (4 * full + how.spare) * members)
         totals = codes + tokens * stride
         scales = totals + 4 * tokens * groups
         work = scales + 4 * tokens

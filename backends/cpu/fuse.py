@@ -121,19 +121,44 @@ class FuseBefore(Fuse):
 
     def fuse(self, edit: Edit) -> None:
         for node in list(edit.calls(LINEAR)):
-            x = node.args[0]
-            if node.kwargs or not isinstance(x, fx.Node) or len(x.users) != 1:
+            if node.kwargs:
                 continue
-            found = _before(x)
-            if found is None:
+            chain, source, others = self._chain(edit, node.args[0])
+            if not chain:
                 continue
-            before, source, others = found
-            edit.spend(f"{before.name} as its input is read", node)
+            words = " and ".join(b.name for b in chain)
+            edit.spend(f"{words} as its input is read", node)
+            text = "|".join(map(str, chain))
             new = edit.call(
-                LINEAR, source, *node.args[1:], before=str(before), **others,
-                like=node, replaces=[node],
-            )  # fmt: skip
+                LINEAR, source, *node.args[1:], before=text, **others, like=node, replaces=[node]
+            )
             edit.replace(node, new)
+
+    def _chain(
+        self, edit: Edit, source: fx.Node
+    ) -> tuple[list[Before], fx.Node, dict[str, Argument]]:
+        """What stands one before the other; what the first reads; what else they take."""
+        chain: list[Before] = []
+        others: dict[str, Argument] = {}
+        while len(source.users) == 1:
+            found = _before(source)
+            if found is None:
+                break
+            before, following, more = found
+            if "gain" in more and "gain" in others:  # a norm, whose gain takes the signs over
+                if chain[0].name != "times" or any(edit.param_of(p) is None for p in more.values()):
+                    break
+                edit.spend("the signs behind a norm become part of its gain", source)
+                signs = edit.tensor(others.pop("gain"))
+                for key, param in more.items():
+                    name = f"{edit.param_of(param)}.signed"
+                    more[key] = edit.new_param(name, edit.tensor(param) * signs, like=source)
+                chain.pop(0)
+            chain.insert(0, before)
+            source, others = following, others | more
+            if before.name not in ("times", "hadamard"):
+                break
+        return chain, source, others
 
 
 def _before(x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument]] | None:
@@ -153,7 +178,14 @@ def _before(x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument]] | None:
     if x.target is aten.gelu.default:
         tanh = x.kwargs.get("approximate", args[1] if len(args) > 1 else "none") == "tanh"
         return Before("gelu_tanh" if tanh else "gelu"), args[0], {}
+    if x.target is torch.ops.qc.hadamard.default:
+        size = x.meta["val"].shape[-1]
+        return (Before("hadamard", size), args[0], {}) if isinstance(size, int) else None
     if x.target is aten.mul.Tensor:
+        for value, factors in (args[:2], args[1::-1]):
+            param = isinstance(factors, fx.Node) and factors.op == "placeholder"
+            if param and list(factors.meta["val"].shape) == list(x.meta["val"].shape[-1:]):
+                return Before("times"), value, {"gain": factors}
         for gate, other in (args[:2], args[1::-1]):
             silu = isinstance(gate, fx.Node) and gate.target is aten.silu.default
             if silu and len(gate.users) == 1 and _alike(gate, other):

@@ -11,6 +11,7 @@ import zoo
 from torch import nn
 
 import qcompiler
+from qcompiler.backends.cpu import fuse
 from qcompiler.backends.cpu.kernels import GENERATED, KERNELS, Static
 from qcompiler.check import relative_error
 from qcompiler.formats import QFormat
@@ -136,8 +137,6 @@ def test_different_formats_are_not_merged() -> None:
 
 def test_a_wrong_fusion_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check behind each pass sees it: a gain that is forgotten."""
-    from qcompiler.backends.cpu import fuse
-
     module, example = zoo.build("llama")
     for name, value in module.named_parameters():
         if "norm" in name:
@@ -177,6 +176,37 @@ def test_attention(
         enable_gqa=True,
     )  # fmt: skip
     assert (got - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.parametrize("n", [4, 8, 12, 64, 128, 160, 344, 704, 1024, 2816])
+def test_hadamard(n: int) -> None:
+    """Powers of two, and multiples of what has a matrix of its own; behind a gate, too."""
+    generator = torch.Generator().manual_seed(0)
+    q = nearest(torch.eye(n), QFormat.parse("int8:channel"))
+    call = KERNELS["decoding"].prepare(q, None, None, Static())
+    x, other = torch.randn(2, 3, n, generator=generator)
+    for before, source in (("", x), ("silu_mul|", nn.functional.silu(x) * other)):
+        got = call.operator(
+            x, *call.parameters.values(), *call.constants,
+            before=f"{before}hadamard:{n}", other=other,
+        )  # fmt: skip
+        want = torch.ops.qc.hadamard(source.double())
+        assert (got - want).norm() / want.norm() < 1e-6
+
+
+def test_online_rotations_are_part_of_the_rounding() -> None:
+    module, example = zoo.build("llama")
+    backend = qcompiler.registry.get_backend("cpu").only("integer")
+    passes = f"canonicalize,rotate{{online=true}},fold{{optional=true}},{W4A8}"
+    made = qcompiler.compile(module, example, passes=passes, backend=backend)
+    assert made.lowered is not None
+    linears = made.lowered.program.graph.find_nodes(op="call_function", target=fuse.LINEAR)
+    chains = [n.kwargs.get("before", "") for n in linears]
+    assert sum("silu_mul|times|hadamard:80" in c for c in chains) == 2
+    assert sum(c == "rms_norm:1e-06|hadamard:48" for c in chains) == 4
+    assert not any("hadamard" in str(n.args[0].target) for n in linears)
+    inputs = random_inputs(made.program.io, 3)
+    assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 2e-2
 
 
 def test_attention_to_nothing_and_to_nan() -> None:

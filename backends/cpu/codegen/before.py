@@ -6,6 +6,8 @@
 `silu_mul`      x / (1 + e^-x) · other                          (SwiGLU, Shazeer 2020)
 `gelu`          x Φ(x), the error function by Abramowitz and Stegun 7.1.26, |error| < 2e-7
 `gelu_tanh`     x / (1 + e^-2u), u = √(2/π) (x + 0.044715 x³)
+`times`         x · gain: the signs of a random transform
+`hadamard`      x Hᵀ / √n                                       (`butterfly.py`)
 ==============  =============================================================================
 """
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from qcompiler.backends.cpu.codegen.butterfly import Butterfly, spare
 from qcompiler.backends.cpu.codegen.emit import FLOAT, Code, Value, Variable, vector
 from qcompiler.backends.cpu.codegen.functions import exp
 from qcompiler.backends.cpu.codegen.isa import Isa
@@ -27,19 +30,26 @@ Part = Callable[[Value, int], None]
 
 @dataclass(frozen=True)
 class Before:
-    """Which of them."""
+    """One of them."""
 
     name: str
-    eps: float = 0.0
+    number: float = 0.0
+    """ε of a norm, the size of a transform."""
 
     @classmethod
-    def parse(cls, text: str) -> Before | None:
-        """`rms_norm:1e-05`, `gelu`, or nothing."""
-        name, _, eps = text.partition(":")
-        return cls(name, float(eps or 0)) if name else None
+    def parse(cls, text: str) -> tuple[Before, ...]:
+        """`rms_norm:1e-05`, `silu_mul|hadamard:1024`: one after the other."""
+        parts = [part.partition(":") for part in text.split("|") if part]
+        return tuple(cls(name, float(number or 0)) for name, _, number in parts)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.eps!r}" if self.eps else self.name
+        return f"{self.name}:{self.number!r}" if self.number else self.name
+
+
+def spare_bytes(isa: Isa, chain: tuple[Before, ...]) -> int:
+    """Bytes that each thread works in besides a row."""
+    sizes = [int(b.number) for b in chain if b.name == "hadamard"]
+    return max((spare(isa, n) for n in sizes), default=0)
 
 
 class Row:
@@ -48,16 +58,33 @@ class Row:
     def __init__(self, code: Code, isa: Isa, given: Mapping[str, Value], row: Value) -> None:
         self.code, self.isa, self.given, self.row = code, isa, given, row
 
-    def write(self, before: Before, other: Value, work: Value) -> None:
-        """`other` is the second row, where there is one."""
-        if before.name in ("rms_norm", "layer_norm"):
-            self._norm(before, work)
-            return
-        function = {"silu_mul": self._silu, "gelu": self._gelu, "gelu_tanh": self._gelu_tanh}
+    def write(self, chain: tuple[Before, ...], other: Value, work: Value, free: Value) -> None:
+        """`other` is the second row, where there is one; `free` memory to work in."""
+        for before in chain:
+            if before.name in ("rms_norm", "layer_norm"):
+                self._norm(before, work)
+            elif before.name == "hadamard":
+                self._hadamard(int(before.number), work, free)
+            else:
+                self._function(before.name, other, work)
+            self.row = work
+
+    def _hadamard(self, n: int, work: Value, free: Value) -> None:
+        Butterfly(self.code, self.isa, n).write(self.row, work, free)
+
+    def _function(self, name: str, other: Value, work: Value) -> None:
+        function: dict[str, Callable[[Value], Value]] = {
+            "times": lambda x: x,
+            "silu_mul": self._silu,
+            "gelu": self._gelu,
+            "gelu_tanh": self._gelu_tanh,
+        }
 
         def part(offset: Value, lanes: int) -> None:
-            value = function[before.name](self._load(self.row, offset, lanes))
-            if before.name == "silu_mul":
+            value = function[name](self._load(self.row, offset, lanes))
+            if name == "times":
+                value = self.code.b.fmul(value, self._load(self.given["gain"], offset, lanes))
+            if name == "silu_mul":
                 value = self.code.b.fmul(value, self._load(other, offset, lanes))
             self.code.store(value, work, offset)
 
@@ -73,7 +100,7 @@ class Row:
             return b.fsub(x, code.splat(mean, x.type.count)) if centred else x
 
         squares = self._sum(lambda x: b.fmul(less(x), less(x)))
-        power = b.fadd(b.fdiv(squares, count), ir.Constant(FLOAT, before.eps))
+        power = b.fadd(b.fdiv(squares, count), ir.Constant(FLOAT, before.number))
         root = code.call("llvm.sqrt.f32", FLOAT, power)
         factor = b.fdiv(ir.Constant(FLOAT, 1.0), root)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from qcompiler.backends.cpu.codegen.before import Before, Row
+from qcompiler.backends.cpu.codegen.before import Before, Row, spare_bytes
 from qcompiler.backends.cpu.codegen.emit import (
     FLOAT,
     I8,
@@ -53,7 +53,7 @@ class Rounding:
     """Scales are given, and so may be a zero point for all tokens."""
     floating: bool = False
     """Nothing is rounded: rows are copied, with their sums."""
-    before: Before | None = None
+    before: tuple[Before, ...] = ()
     """What is done to rows first."""
 
 
@@ -86,8 +86,8 @@ class _Rows:
         zero = self._zero(code, given)
         with code.loop(start, end) as token:
             row = code.at(given["x"], code.mul(token, given["x_stride"]))
-            if self._how.before is not None:
-                row = self._made(code, given, token, row, thread, self._how.before)
+            if self._how.before:
+                row = self._made(code, given, token, row, thread)
             self._tail(code, given, row, tail)
             scale = None if self._how.floating else self._scale(code, given, token, row, tail)
             self._groups(code, given, token, row, tail, scale, zero)
@@ -99,12 +99,13 @@ class _Rows:
         token: Value,
         row: Value,
         thread: Value,
-        before: Before,
     ) -> Value:
         """The row behind what stands before the product."""
-        work = code.at(given["work"], code.mul(thread, code.mul(given["chunks"], 4 * CHUNK)))
+        size = code.mul(given["chunks"], 4 * CHUNK)
+        own = code.add(size, spare_bytes(self._isa, self._how.before))
+        work = code.at(given["work"], code.mul(thread, own))
         other = code.at(given["other"], code.mul(token, given["other_stride"]))
-        Row(code, self._isa, given, row).write(before, other, work)
+        Row(code, self._isa, given, row).write(self._how.before, other, work, code.at(work, size))
         return work
 
     def _zero(self, code: Code, given: Mapping[str, Value]) -> Value | None:
