@@ -37,6 +37,8 @@ from torch import Tensor, nn
 from qcompiler.check import relative_error
 
 HIDDEN, INTERMEDIATE, VOCABULARY, PAST = 1024, 2816, 8192, 128
+ASLEEP = 0.02
+"""Seconds after which a library's threads have stopped waiting for work busily."""
 
 
 @dataclass
@@ -157,6 +159,8 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, contender in contenders.items():
+            time.sleep(ASLEEP)
+            contender.run(case.inputs)  # to wake its own threads
             start = time.perf_counter()
             contender.run(case.inputs)
             if turn >= 2:  # the first turns warm up
@@ -193,7 +197,7 @@ def machine() -> str:
 
 def show(rows: list[dict], failed: dict[str, str]) -> None:
     """A table for each case: ratios, a column for each number of threads."""
-    console = Console(soft_wrap=True)
+    console = Console(width=120)
     threads = list(dict.fromkeys(r["threads"] for r in rows))
     for case in dict.fromkeys(r["case"] for r in rows):
         mine = [r for r in rows if r["case"] == case]

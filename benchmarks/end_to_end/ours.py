@@ -14,13 +14,14 @@ W4 = "int4:group32:mirrored:scale(fp16)"
 INT8 = "int8:token:dynamic"
 OURS: dict[str, dict[str, tuple[str, str, str]]] = {
     "decoder": {
-        "qcompiler cpu W4A8": ("cpu", W4, INT8),
+        "qcompiler cpu W4A8 g32": ("cpu", W4, INT8),
+        "qcompiler cpu W4A8 g128": ("cpu", W4.replace("32", "128"), INT8),
         "qcompiler cpu W8A8": ("cpu", "int8:channel", INT8),
         "qcompiler cpu W4A32": ("cpu", "int4:group128:mirrored:scale(fp16)", "float"),
         "qcompiler onnxruntime W8A8": ("onnxruntime", "int8:channel", INT8),
     },
     "encoder": {
-        "qcompiler cpu W4A8": ("cpu", W4, INT8),
+        "qcompiler cpu W4A8 g32": ("cpu", W4, INT8),
         "qcompiler cpu W8A8": ("cpu", "int8:channel", INT8),
         "qcompiler onnxruntime W8A8": ("onnxruntime", "int8:channel", INT8),
     },
