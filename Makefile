@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test test-all check bench architectures operators clean
+.PHONY: demo test test-all check bench conformance architectures operators clean
 
 demo: $(STAMP)  ## compile the tiny Llama with outliers and measure what came of it
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,9 @@ bench: $(STAMP)  ## speed beside other tools, and what a compilation costs (half
 	$(BIN)/pip install -q -c constraints.txt -e '.[hf,onnx,bench]'
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/compile.py
+
+conformance: $(STAMP)  ## every claim of each backend on every shape (an hour); the tests try a part
+	for name in cpu onnxruntime openvino; do $(BIN)/qcompiler check-backend $$name || exit 1; done
 
 architectures: $(STAMP)  ## docs/architectures.md and docs/onnx_models.md, from the models of the tests
 	$(BIN)/python tests/architectures/table.py

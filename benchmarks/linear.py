@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/linear.py [--shapes 4096x4096,2048x5632] [--tokens 1,4,16,64,256]
                                           [--threads 1,2] [--only NAME,…] [--json FILE]
 
-All contenders run in turn: a slow moment of a shared machine hits all alike. Between two of them the
+All contenders run in turn: a slow moment of a shared machine hits all alike. Between two the
 threads of the first are given time to fall asleep; then each runs once to wake its own, and
 something else goes through the caches, so that the call that is timed finds its weight in memory,
 as in a model. The figure is the median of float32's seconds over theirs. `error` is the relative

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qcompiler.backend import Artifact, Backend, Lowered
+from qcompiler.backend import Artifact, Backend, Lowered, ProgramArtifact
 from qcompiler.capture import Dynamic, Model, Source, open_model
 from qcompiler.check import relative_error
 from qcompiler.errors import BackendError, BadInput, PassError
@@ -19,6 +19,7 @@ from qcompiler.history import Step
 from qcompiler.indices import check_indices
 from qcompiler.io import as_call
 from qcompiler.keep import Keep
+from qcompiler.module import as_module
 from qcompiler.passbase import Pass
 from qcompiler.pipeline import Progress, Watcher, run_pipeline
 from qcompiler.program import Program
@@ -85,6 +86,18 @@ class Compiled:
         io = self.program.io
         with torch.no_grad():
             return io.restore(self.artifact.run(io.flatten(args, kwargs)))
+
+    def module(self) -> torch.fx.GraphModule:
+        """The artifact as a torch module, which `torch.compile` and `torch.export` take.
+
+        It runs the same operators, one by one, under the model's own signature.
+        """
+        if not isinstance(self.artifact, ProgramArtifact) or self.lowered is None:
+            raise BackendError(
+                f"an artifact of {self.backend.name} runs no operators of torch; compile for "
+                "cpu, reference or triton to have a module"
+            )
+        return as_module(self.lowered.program)
 
     def diff(self) -> Account:
         """What each pass did, why, what it cost, what it skipped; prints as a table."""
@@ -202,7 +215,9 @@ def lower(
         try:
             result = run_pipeline(program, passes, example=example, watch=watch)
         except PassError as error:
-            bad = [i for i in error.nodes if i in program.by_id and i not in excluded]
+            # What a pass behind the first one put in has an id of its own.
+            new = [i for i in error.nodes if i not in excluded]
+            bad = [i for i in new if i in program.by_id] or new
             if not bad:
                 raise
             for id in bad:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ ALONE = 1 << 19
 ALONE_ROWS = 1 << 15
 """The same for numbers to be rounded."""
 LINE = 64
-"""Bytes between rows of activations, so that they do not all fall into one set of a cache."""
+"""Bytes left free behind a row of activations: else all rows fall into one set of a cache."""
 Parameters = tuple[
     Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None
 ]
@@ -126,15 +127,15 @@ class LinearCall:
         totals = codes + tokens * stride
         scales = totals + 4 * tokens * groups
         work = scales + 4 * tokens
-        repeated = None if x_scale is None else x_scale.flatten().repeat(tokens)
-        if repeated is not None:
-            scales = repeated.data_ptr()
+        gain, shift = (p if p is None else p.float().contiguous() for p in (gain, shift))
+        if residual is not None and residual.shape[-1] != padded:
+            residual = torch.nn.functional.pad(residual.float(), (0, padded - residual.shape[-1]))
         second, other_stride = (source, x_stride) if other is None else by_rows(other)
         more, more_stride = (y, 0) if residual is None else by_rows(residual)
-        self._held = (source, second, more, repeated)
+        self._held = (source, second, more, gain, shift)
         self._rows = how.rows.bound(
             source.data_ptr(), codes, scales, totals, _address(x_zero), second.data_ptr(),
-            _address(gain), _address(shift), work,
+            _address(gain), _address(shift), work, _address(x_scale),
             tokens, width, x_stride, stride, chunks, other_stride, members,
         )  # fmt: skip
         self._product = how.product.bound(
@@ -153,8 +154,8 @@ class RopeCall:
     """`qc::rope` of halves from x to y, (batch, heads, tokens, d) float32 in any memory order."""
 
     def __init__(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> None:
-        parts = [p if p.stride(-1) == 1 else p.contiguous() for p in (x, cos, sin)]
-        wide = [y, parts[0], *(p.expand(x.shape) for p in parts[1:])]
+        wide = [p.expand(x.shape) for p in (x, cos, sin)]
+        wide = [y, *(p if p.stride(-1) == 1 else p.contiguous() for p in wide)]
         self._held = wide
         strides = [4 * n for p in wide for n in p.stride()[:-1]]
         threads = torch.get_num_threads() if x.numel() > ALONE_ROWS else 1
@@ -168,7 +169,7 @@ class RopeCall:
 
 
 class AttendCall:
-    """y = softmax(q Kᵀ scale + mask) V, of float32 (batch, heads, tokens, d) whose heads have whole
+    """y = softmax(q Kᵀ scale) V, of float32 (batch, heads, tokens, d) whose heads have whole
     vectors; `mask` is bool and broadcasts to (batch, heads, tokens, keys)."""
 
     def __init__(
@@ -204,13 +205,12 @@ class AttendCall:
 def by_rows(x: Tensor) -> tuple[Tensor, int]:
     """`x` in float32 as rows that lie one like the other, and the bytes from one to the next."""
     x = x if x.dtype == torch.float32 else x.float()
-    shape, strides = x.shape, x.stride()
-    even = all(
-        strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(x.ndim - 2)
-    )
-    if strides[-1] != 1 or not even:
+    axes = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    even = all(outer[1] == inner[1] * inner[0] for outer, inner in pairwise(axes))
+    if x.stride(-1) != 1 or not even:
         x = x.contiguous()
-    return x, 4 * (x.stride(-2) if x.ndim > 1 else x.shape[-1])
+        axes = [(1, x.shape[-1])]
+    return x, 4 * (axes[-1][1] if axes else x.shape[-1])
 
 
 def _address(x: Tensor | None) -> int:

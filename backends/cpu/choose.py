@@ -66,7 +66,8 @@ def _measure(
     candidates: list[Kernel], out: int, width: int, scheme: Scheme, dtype: torch.dtype
 ) -> dict[str, float]:
     assert scheme.weight is not None
-    q = nearest(torch.randn(out, width), scheme.weight)
+    generator = torch.Generator().manual_seed(0)  # the user's own stays as it is
+    q = nearest(torch.randn(out, width, generator=generator), scheme.weight)
     activation = scheme.activation
     static = Static()
     if activation is not None and not activation.dynamic:
@@ -76,7 +77,7 @@ def _measure(
     calls["float"].parameters["weight"] = q.dequantize().to(dtype)
     times: dict[str, list[float]] = {k.name: [] for k in candidates}
     for tokens in TOKENS:
-        x = torch.randn(tokens, width).to(dtype)
+        x = torch.randn(tokens, width, generator=generator).to(dtype)
         runs = {name: partial(_run, call, x, activation, static) for name, call in calls.items()}
         for name, value in floors(runs, seconds=SECONDS).items():
             times[name].append(value)

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from qcompiler.backend import ProgramArtifact
 from qcompiler.backends.cpu import generated
 from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
+from qcompiler.backends.cpu.codegen import layout
 from qcompiler.program import Program
 from qcompiler.run import last_readers
 from qcompiler.samples import Flat
@@ -58,6 +59,12 @@ class CpuArtifact(ProgramArtifact):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self._own = threading.local()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"program": self.program}  # memory is made anew
+
+    def __setstate__(self, state: dict[str, Program]) -> None:
+        self.__init__(state["program"])  # type: ignore[misc]
 
     def run(self, inputs: Flat) -> tuple[object, ...]:
         threads = torch.get_num_threads()  # how calls are bound depends on it
@@ -106,6 +113,8 @@ class Settled:
         self._wanted = _wanted(program)
         self._base: dict[fx.Node, fx.Node] = {}
         """View → the node whose memory it looks at."""
+        self._placed: set[fx.Node] = set()
+        """Nodes that have been given a place in the pool."""
         self._lent: set[fx.Node] = set()
         """Values without a place that may look at the memory of one that has."""
         self._readers: dict[fx.Node, int] = {}
@@ -162,7 +171,7 @@ class Settled:
         """`node` may look at the memory of what it reads, which is then never given back."""
         for value in node.all_input_nodes:
             base = self._base.get(value, value)
-            if base in self._readers or value in self._lent:
+            if base in self._placed or value in self._lent:
                 self._lent.add(node)
                 self._readers.pop(base, None)
 
@@ -194,9 +203,12 @@ class Settled:
             return False
         x, *parameters, format, activation, out = self._given(node.args)
         others = self._given(node.kwargs)
+        residual = others.get("residual")
+        if residual is not None and residual.shape[-1] % layout.OUTPUTS:
+            return False  # its rows must be filled up, in every call
         if x.dtype != torch.float32 or not all(map(_by_rows, (x, *others.values()))):
             return False
-        padded = parameters[0].shape[0] * 16
+        padded = parameters[0].shape[0] * layout.OUTPUTS
         y = self._place(node, torch.empty(*x.shape[:-1], padded, device="meta"))
         call = LinearCall(
             x, self._names[y], tuple(parameters), format, activation, self._work, **others
@@ -229,6 +241,7 @@ class Settled:
         value = self._pool.take(node.meta["val"] if like is None else like)
         self._values[node] = value
         self._readers[node] = len(node.users)
+        self._placed.add(node)
         return self._name(value)
 
     def _done(self, node: fx.Node, read: Sequence[fx.Node]) -> None:

@@ -24,6 +24,7 @@ from qcompiler.edit import Edit
 from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
+from qcompiler.program import node_id
 
 aten = torch.ops.aten
 LINEAR = torch.ops.qc_cpu.linear.default
@@ -44,6 +45,7 @@ class Fuse(Pass):
     effect: ClassVar[Effect] = Effect.LOWER
 
     exclude: tuple[str, ...] = ()
+    """Ids of nodes to leave as they are."""
     optional: bool = True
 
     def tolerance(self, facts: Facts) -> float:
@@ -57,6 +59,10 @@ class Fuse(Pass):
         """Rewrite all that fits."""
         raise NotImplementedError
 
+    def found(self, edit: Edit, target: object) -> list[fx.Node]:
+        """The calls of an operator that are not excluded."""
+        return [n for n in edit.calls(target) if node_id(n) not in self.exclude]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeLinears(Fuse):
@@ -66,7 +72,7 @@ class MergeLinears(Fuse):
 
     def fuse(self, edit: Edit) -> None:
         groups: dict[object, list[fx.Node]] = {}
-        for node in edit.calls(LINEAR):
+        for node in self.found(edit, LINEAR):
             if key := self._key(edit, node):
                 groups.setdefault(key, []).append(node)
         for group in groups.values():
@@ -120,7 +126,7 @@ class FuseBefore(Fuse):
     name: ClassVar[str] = "cpu_before"
 
     def fuse(self, edit: Edit) -> None:
-        for node in list(edit.calls(LINEAR)):
+        for node in self.found(edit, LINEAR):
             if node.kwargs:
                 continue
             chain, source, others = self._chain(edit, node.args[0])
@@ -141,7 +147,7 @@ class FuseBefore(Fuse):
         chain: list[Before] = []
         others: dict[str, Argument] = {}
         while len(source.users) == 1:
-            found = _before(source)
+            found = _before(edit, source)
             if found is None:
                 break
             before, following, more = found
@@ -161,7 +167,7 @@ class FuseBefore(Fuse):
         return chain, source, others
 
 
-def _before(x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument]] | None:
+def _before(edit: Edit, x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument]] | None:
     """(what it is, what it reads, what else) if `x` is something that rows can be made by."""
     args = x.args
     if x.target in (aten.rms_norm.default, aten.layer_norm.default):
@@ -183,8 +189,8 @@ def _before(x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument]] | None:
         return (Before("hadamard", size), args[0], {}) if isinstance(size, int) else None
     if x.target is aten.mul.Tensor:
         for value, factors in (args[:2], args[1::-1]):
-            param = isinstance(factors, fx.Node) and factors.op == "placeholder"
-            if param and list(factors.meta["val"].shape) == list(x.meta["val"].shape[-1:]):
+            known = edit.param_of(factors) is not None and edit.tensor(factors)
+            if known is not False and _alike(x, value) and known.shape == x.meta["val"].shape[-1:]:
                 return Before("times"), value, {"gain": factors}
         for gate, other in (args[:2], args[1::-1]):
             silu = isinstance(gate, fx.Node) and gate.target is aten.silu.default
@@ -200,7 +206,7 @@ class FuseResidual(Fuse):
     name: ClassVar[str] = "cpu_residual"
 
     def fuse(self, edit: Edit) -> None:
-        for add in list(edit.calls(aten.add.Tensor)):
+        for add in self.found(edit, aten.add.Tensor):
             for node, other in self._pairs(add):
                 edit.spend("added as the product is written", add)
                 new = edit.call(
@@ -226,7 +232,7 @@ class LowerRope(Fuse):
     name: ClassVar[str] = "cpu_rope"
 
     def fuse(self, edit: Edit) -> None:
-        for node in list(edit.calls(torch.ops.qc.rope.default)):
+        for node in self.found(edit, torch.ops.qc.rope.default):
             x, cos, sin, *interleaved = node.args
             known = [n.meta.get("val") for n in (x, cos, sin)]
             plain = all(v.ndim == 4 and v.dtype == torch.float32 for v in known)
@@ -245,16 +251,19 @@ class LowerAttention(Fuse):
     name: ClassVar[str] = "cpu_attention"
 
     def fuse(self, edit: Edit) -> None:
-        for node in list(edit.calls(aten.scaled_dot_product_attention.default)):
+        for node in self.found(edit, aten.scaled_dot_product_attention.default):
             named = dict(zip(SDPA, node.args[3:], strict=False)) | dict(node.kwargs)
             q, k, v = node.args[:3]
             shapes = [n.meta["val"].shape for n in (q, k, v)]
             plain = all(len(s) == 4 and isinstance(s[1], int) for s in shapes)
+            plain = plain and all(n.meta["val"].dtype == torch.float32 for n in (q, k, v))
+            plain = plain and len({str(s[0]) for s in shapes}) == 1
             if not plain or named.get("dropout_p") or str(shapes[0][3]) != str(shapes[2][3]):
-                edit.skip(node, "takes four axes, without dropout, values as wide as queries")
+                edit.skip(node, "takes float32 of four axes, values as wide as queries")
                 continue
             edit.spend("attend", node)
-            scale = named.get("scale") or int(shapes[0][3]) ** -0.5
+            scale = named.get("scale")
+            scale = int(shapes[0][3]) ** -0.5 if scale is None else scale
             new = edit.call(
                 ATTEND, q, k, v, named.get("attn_mask"), scale, bool(named.get("is_causal")),
                 like=node, replaces=[node],

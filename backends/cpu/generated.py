@@ -46,8 +46,8 @@ def fits(out: int, width: int, fmt: QFormat) -> str | None:
     group = group_of(fmt)
     if group % layout.CHUNK:
         return f"takes groups of a multiple of {layout.CHUNK} inputs; found {group}"
-    if not group and width > MOST_INPUTS:
-        return f"takes at most {MOST_INPUTS} inputs to a scale; found {width}"
+    if (inputs := min(group, width) or width) > MOST_INPUTS:
+        return f"takes at most {MOST_INPUTS} inputs to a scale; found {inputs}"
     return None
 
 
@@ -142,14 +142,14 @@ torch.library.register_fake("qc_cpu::linear", _shape, lib=_library)
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`qc::rope` of halves: x (batch, heads, tokens, d) float32, cos and sin broadcast to it."""
-    y = torch.empty_like(x)
+    y = torch.empty(x.shape)
     RopeCall(x, y, cos, sin)()
     return y
 
 
 _library.define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.impl("rope", rope, "CPU")
-torch.library.register_fake("qc_cpu::rope", lambda x, cos, sin: torch.empty_like(x), lib=_library)
+torch.library.register_fake("qc_cpu::rope", lambda x, cos, sin: x.new_empty(x.shape), lib=_library)
 
 
 FEW = 4
@@ -165,6 +165,7 @@ def attend(
     """
     batch, heads, tokens, width = q.shape
     plain = not causal and (mask is None or mask.dtype == torch.bool)
+    plain = plain and all(p.dtype == torch.float32 and p.shape[0] == batch for p in (q, k, v))
     if tokens > FEW or not plain or width % host().lanes or not k.shape[2]:
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=heads != k.shape[1]

@@ -115,7 +115,7 @@ def _generated(q: QTensor, bias: Tensor | None, activation: QFormat | None, stat
     parameters = {
         **packed._asdict(),
         "bias": generated.pack_bias(bias, out),
-        "x_scale": static.scale,
+        "x_scale": None if static.scale is None else static.scale.float(),
         "x_zero": None if point is None else torch.tensor([float(point)]),
     }
     constants = (str(q.format.decoded), str(activation or "float"), out)
@@ -155,7 +155,10 @@ def _bytes(q: QTensor) -> Tensor:
 def _shape4(out: int, width: int, fmt: QFormat) -> str | None:
     group = fmt.block[0] if fmt.block else 0
     if group not in (32, 64, 128) or width % group or out % 16:
-        return f"takes groups of 32, 64 or 128 that divide {width}, and rows in 16s; found {out}"
+        return (
+            "takes groups of 32, 64 or 128 that divide the inputs, and rows in 16s; "
+            f"found groups of {group}, {out} × {width}"
+        )
     return None
 
 
@@ -299,6 +302,6 @@ def _proof(kernel: Kernel, fmt: QFormat, activation: QFormat | None) -> str | No
             if not off <= (1e-5 if exact else 1e-2):
                 return (
                     f"on this CPU its sums are off by {off:.1%} with weights at {fmt.qmin} and "
-                    f"{fmt.qmax} (16-bit partial sums saturate without VNNI)"
+                    f"{fmt.qmax}, as where partial sums of 16 bits saturate"
                 )
     return None

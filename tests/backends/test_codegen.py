@@ -120,6 +120,8 @@ def test_tokens_of_zeros_infinities_and_tiny_numbers() -> None:
     x = torch.zeros(4, 64)
     x[1] = 1e-41  # below float32's normal numbers
     x[2, 3], x[3, 5] = torch.inf, torch.nan
+    static, _ = product(q, x, "int8:tensor")
+    assert static[:3].isfinite().all() and static[3].isnan().all()
     got, _ = product(q, x, "int8:token:dynamic")
     assert torch.equal(got[0], torch.zeros(16))
     assert got[:2].isfinite().all() and not got[2:].isfinite().any()
@@ -247,3 +249,13 @@ def test_too_many_inputs_for_32_bits() -> None:
     wide = generated.MOST_INPUTS + 1
     assert generated.fits(16, wide, QFormat.parse("int8:channel")) is not None
     assert generated.fits(16, wide, QFormat.parse("int8:group64")) is None
+    assert generated.fits(16, 2 * wide, QFormat.parse("uint8:group65536:asym")) is not None
+
+
+def test_nothing_is_read_behind_a_residual() -> None:
+    q = nearest(torch.randn(9, 64), QFormat.parse("int8:channel"))
+    call = KERNELS["decoding"].prepare(q, None, None, Static())
+    x, wide = torch.randn(3, 64), torch.full((4, 9), torch.nan)
+    residual = wide[:3].copy_(torch.randn(3, 9))
+    got = call.operator(x, *call.parameters.values(), *call.constants, residual=residual)
+    torch.testing.assert_close(got, call(x) + residual)

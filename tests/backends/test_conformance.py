@@ -279,9 +279,18 @@ def test_built_in_backends_conform_quickly(backend: str, claims: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", ["cpu", "onnxruntime", "openvino"])
-def test_built_in_backends_conform(backend: str) -> None:
-    if reason := backend_class(backend)().available():
-        pytest.skip(reason)
-    assert_conforms(backend)
+@pytest.mark.parametrize("name", ["avx2", "neon", "plain"])
+def test_other_instruction_sets_conform(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels generated for less than this CPU can do, the portable ones among them."""
+    isa = pytest.importorskip("qcompiler.backends.cpu.codegen.isa")
+    from qcompiler.backends.cpu.kernels import self_test
+
+    if name not in isa._available():
+        pytest.skip(f"this CPU does not run {name}")
+    monkeypatch.setenv(isa.VARIABLE, name)
+    self_test.cache_clear()
+    try:
+        for claims in ("integer", "decoding"):
+            assert_conforms("cpu", claims=claims, quick=True)
+    finally:
+        self_test.cache_clear()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,6 +54,8 @@ FORMULAS: dict[str, Callable[[Tensor, nn.Linear, nn.Linear], object]] = {
     "constants": lambda x, f, g: f(x) + torch.arange(64).float().cos(),
     "a reshape that copies": lambda x, f, g: g(f(x).t().reshape(4, 64)),
     "random numbers": lambda x, f, g: g(f(x) + 0 * torch.rand(4, 64)),
+    "two views of one value": lambda x, f, g: _views(f(x)),
+    "two views of an input": lambda x, f, g: (x.t(), x.diagonal(), f(x)),
     "nothing": lambda x, f, g: f(x[:0]),
 }
 
@@ -57,6 +63,10 @@ FORMULAS: dict[str, Callable[[Tensor, nn.Linear, nn.Linear], object]] = {
 def _late(parts: tuple[Tensor, ...], x: Tensor, g: nn.Linear) -> Tensor:
     y = g(g(g(x)))
     return torch.cat([parts[1], parts[0]], -1) + y
+
+
+def _views(y: Tensor) -> tuple[Tensor, ...]:
+    return y.t(), y.diagonal(), y.movedim(0, 1), y.unfold(1, 2, 2)
 
 
 def _twice(a: Tensor, f: nn.Linear, g: nn.Linear) -> Tensor:
@@ -129,6 +139,37 @@ def test_threads_have_memory_of_their_own() -> None:
     want = [made(x) for x in given]
     with ThreadPoolExecutor(4) as pool:
         assert all(map(torch.equal, pool.map(made, given), want))
+
+
+def test_a_copy_runs() -> None:
+    made = compiled(Formula(FORMULAS["a chain"]), torch.randn(4, 64), dynamic=False)
+    x = torch.randn(4, 64)
+    want = made(x)
+    assert torch.equal(copy.deepcopy(made.artifact).run((x,))[0], want)
+
+
+@pytest.mark.parametrize("setting", ["OMP_DYNAMIC=true", "OMP_THREAD_LIMIT=1"])
+def test_fewer_threads_than_asked_for(setting: str) -> None:
+    """OpenMP may give fewer: each does what the missing ones would have."""
+    code = (
+        "import torch, qcompiler\n"
+        "from qcompiler.registry import get_backend\n"
+        "torch.set_num_threads(2)\n"
+        "m = torch.nn.Sequential(torch.nn.Linear(1024, 1024))\n"
+        "p = 'canonicalize{optional=true},assign{weight=int8:channel head=same},quantize'\n"
+        "c = qcompiler.compile(m, torch.randn(4, 1024), passes=p,"
+        " backend=get_backend('cpu').only('decoding'))\n"
+        "x = torch.randn(4, 1024)\n"
+        "torch.testing.assert_close(c(x), c.program(x), rtol=1e-4, atol=1e-4)\n"
+        "print(*c.kernels.values())\n"
+    )
+    name, _, value = setting.partition("=")
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, name: value},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "decoding"
 
 
 def test_another_number_of_threads() -> None:

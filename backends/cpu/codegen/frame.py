@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from qcompiler.backends.cpu.codegen.emit import I32, I64, PTR, VOID, Code, Value, function
 from qcompiler.backends.cpu.codegen.isa import Isa
-from qcompiler.backends.cpu.codegen.jit import PARALLEL, THREAD, compiled, openmp
+from qcompiler.backends.cpu.codegen.jit import COUNT, PARALLEL, THREAD, compiled, openmp
 
 ENTRY = "run"
 Body = Callable[[Code, Mapping[str, Value], Value, Value], None]
@@ -32,7 +32,7 @@ def entry(module: ir.Module, numbers: Sequence[str], pointers: Sequence[str], bo
     if openmp():
         threads = code.load(I64, frame, threads_at)
         with code.b.if_then(code.b.icmp_signed(">", threads, code.i64(1))):
-            member = _member(module, worker, threads_at)
+            member = _member(module, worker)
             count = code.b.trunc(threads, I32)
             code.call(PARALLEL, VOID, member, frame, count, ir.Constant(I32, 0))
             code.b.ret_void()
@@ -51,13 +51,15 @@ def _worker(worker: ir.Function, names: Sequence[str], pointers: int, body: Body
     code.b.ret_void()
 
 
-def _member(module: ir.Module, worker: ir.Function, threads_at: int) -> ir.Function:
+def _member(module: ir.Module, worker: ir.Function) -> ir.Function:
     """What each thread of a team runs."""
     member = function(module, "member", [PTR])
     code = Code(member)
     frame = member.args[0]
     thread = code.b.sext(code.call(THREAD, I32), I64)
-    code.b.call(worker, [frame, thread, code.load(I64, frame, threads_at)])
+    # As many as came, which may be fewer than were asked for.
+    count = code.b.sext(code.call(COUNT, I32), I64)
+    code.b.call(worker, [frame, thread, count])
     code.b.ret_void()
     return member
 

@@ -61,7 +61,7 @@ ISAS = {isa.name: isa for isa in (VNNI, AVX2, NEON, PLAIN)}
 def _available() -> tuple[str, ...]:
     import llvmlite.binding as llvm
 
-    here = llvm.get_default_triple().partition("-")[0]
+    here = llvm.get_default_triple().partition("-")[0].replace("arm64", "aarch64")
     has = {name for name, on in llvm.get_host_cpu_features().items() if on}
     return tuple(
         isa.name

@@ -10,11 +10,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-import llvmlite
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
@@ -23,8 +21,8 @@ from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.costs.cache import cache_folder
 
 DIGEST = 32
-"""Bytes of the digest of the object code that stands before it in a file."""
-PARALLEL, THREAD = "GOMP_parallel", "omp_get_thread_num"
+"""Bytes of the digest of key and object code that stands before the code in a file."""
+PARALLEL, THREAD, COUNT = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
 _engines: list[llvm.ExecutionEngine] = []
 """What keeps compiled code in memory."""
 
@@ -34,13 +32,13 @@ def compiled(module: ir.Module, isa: Isa, names: tuple[str, ...]) -> tuple[int, 
     machine = _machine(isa)
     module.triple = machine.triple
     text = str(module)
-    about = (text, isa.name, isa.features, machine.triple, llvmlite.__version__)
+    about = (text, isa.name, isa.features, machine.triple, llvm.llvm_version_info)
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
     place = cache_folder("kernels") / f"{key}.o"
-    code = _read(place)
+    code = _read(place, key)
     if code is None:
         code = _compile(text, isa)
-        _write(place, code)
+        _write(place, key, code)
     openmp()  # its symbols must be known before code that calls them is linked
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
@@ -62,7 +60,7 @@ def openmp() -> bool:
     places = [*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")]
     for place in places:
         library = ctypes.CDLL(str(place))
-        for name in (PARALLEL, THREAD):
+        for name in (PARALLEL, THREAD, COUNT):
             address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
             assert address is not None
             llvm.add_symbol(name, address)
@@ -99,21 +97,28 @@ def _machine(isa: Isa, triple: str = "") -> llvm.TargetMachine:
     return target.create_target_machine(features=features, opt=3, reloc="pic", jit=not triple)
 
 
-def _read(place: Path) -> bytes | None:
+def _read(place: Path, key: str) -> bytes | None:
     try:
         data = place.read_bytes()
     except OSError:
         return None
     digest, code = data[:DIGEST], data[DIGEST:]
-    return code if hashlib.sha256(code).digest() == digest else None
+    return code if _digest(key, code) == digest else None
 
 
-def _write(place: Path, code: bytes) -> None:
+def _digest(key: str, code: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + code).digest()
+
+
+def _write(place: Path, key: str, code: bytes) -> None:
     """A cache that cannot be written is only slower."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, place)
+        beside = place.with_suffix(f".{os.getpid()}.part")
+        try:
+            beside.write_bytes(_digest(key, code) + code)
+            os.replace(beside, place)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError:
         return

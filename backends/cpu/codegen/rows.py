@@ -9,6 +9,7 @@ Rows are padded with zeros to whole groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,8 +32,9 @@ from qcompiler.backends.cpu.codegen.frame import Kernel, entry, share
 from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.backends.cpu.codegen.layout import CHUNK
 
-POINTERS = ("x", "q", "scale", "total", "zero", "other", "gain", "shift", "work")
-"""The last four are for what stands before; `work` holds a row for each thread."""
+POINTERS = ("x", "q", "scale", "total", "zero", "other", "gain", "shift", "work", "static")
+"""`other` to `work` are for what stands before; `work` holds a row for each thread. `static` is the
+scale that is given."""
 SIZES = ("tokens", "width", "x_stride", "q_stride", "chunks", "other_stride")
 """Numbers in a row; bytes from one row to the next; chunks of 32 in a padded row."""
 TINY = 1.1754943508222875e-38
@@ -59,8 +61,8 @@ class Rounding:
 
 @lru_cache(maxsize=256)
 def rows(isa: Isa, rounding: Rounding) -> Kernel:
-    """The kernel. Frame: POINTERS, SIZES, threads. Static scales stand in `scale` for each token;
-    `zero` is the address of one float32, or 0."""
+    """The kernel. Frame: POINTERS, SIZES, threads. `zero` and `static` are the addresses of one
+    float32, or 0."""
     return Kernel(module(isa, rounding), isa, len(POINTERS) + len(SIZES) + 1)
 
 
@@ -137,7 +139,7 @@ class _Rows:
     ) -> Value:
         place = code.mul(token, 4)
         if self._how.static:
-            return code.load(FLOAT, given["scale"], place)
+            return code.load(FLOAT, given["static"])
         b, lanes = code.b, self._isa.lanes
         # As bits: they order positive numbers, and NaN comes out on top.
         most = code.variable(self._whole)
@@ -176,6 +178,9 @@ class _Rows:
         number = FLOAT if scale is None else I32
         total = code.variable(vector(number, self._isa.lanes))
         past = code.div(given["width"], CHUNK)
+        if self._how.static:
+            self._wrong = code.variable(self._whole)
+            self._wrong.set(ir.Constant(self._whole, None))
         with code.loop(0, groups) as group:
             total.set(ir.Constant(vector(number, self._isa.lanes), None))
             first = code.mul(group, size)
@@ -188,6 +193,13 @@ class _Rows:
             value = code.total(total.get())
             place = code.add(code.mul(token, groups), group)
             code.store(value, given["total"], code.mul(place, 4))
+        if self._how.static:
+            name = f"llvm.vector.reduce.umax.v{self._isa.lanes}i32"
+            wrong = code.b.icmp_unsigned(
+                "!=", code.call(name, I32, self._wrong.get()), ir.Constant(I32, 0)
+            )
+            value = code.b.select(wrong, ir.Constant(FLOAT, math.nan), scale)
+            code.store(value, given["scale"], code.mul(token, 4))
 
     def _chunk(
         self,
@@ -215,6 +227,9 @@ class _Rows:
     def _codes(self, code: Code, x: Value, scale: Value, zero: Value | None) -> Value:
         b, lanes = code.b, self._isa.lanes
         u = b.fdiv(x, code.splat(scale, lanes))
+        if self._how.static:
+            missing = b.zext(b.fcmp_unordered("uno", u, u), self._whole)
+            self._wrong.set(b.or_(self._wrong.get(), missing))
         u = code.call(f"llvm.rint.v{lanes}f32", self._kind, u)
         u = u if zero is None else b.fadd(u, code.splat(zero, lanes))
         low = code.constant(FLOAT, float(self._how.qmin), lanes)
