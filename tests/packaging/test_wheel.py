@@ -46,6 +46,10 @@ def test_compile_save_load(tmp_path: Path) -> None:
     assert (want - model(x)).norm() / model(x).norm() < 0.05
 
 
+def test_torch_compile_finds_it() -> None:
+    assert "qcompiler" in torch._dynamo.list_backends()
+
+
 def test_command_line() -> None:
     done = subprocess.run(
         [str(Path(sys.executable).parent / "qcompiler"), "passes", "--json"],
