@@ -29,30 +29,14 @@ def torch_bfloat16(weight: Tensor, threads: int) -> Run:
 
 
 def torch_dynamic(weight: Tensor, threads: int) -> Run:
-    """torch.ao's dynamic int8 linear, the engine that this CPU has first."""
-    torch.backends.quantized.engine = "x86"
-    qweight = torch.quantize_per_channel(
-        weight,
-        weight.abs().amax(1) / 127,
-        torch.zeros(weight.shape[0], dtype=torch.int64),
-        0,
-        torch.qint8,
-    )
-    packed = torch.ops.quantized.linear_prepack(qweight, None)
+    """torch.ao's dynamic int8 linear."""
+    packed = _torch_packed(weight)
     return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=False)
 
 
 def torch_static(weight: Tensor, threads: int) -> Run:
     """torch.ao's static int8 linear, input and output rounded per tensor."""
-    torch.backends.quantized.engine = "x86"
-    qweight = torch.quantize_per_channel(
-        weight,
-        weight.abs().amax(1) / 127,
-        torch.zeros(weight.shape[0], dtype=torch.int64),
-        0,
-        torch.qint8,
-    )
-    packed = torch.ops.quantized.linear_prepack(qweight, None)
+    packed = _torch_packed(weight)
     spread = float(weight.norm(dim=1).mean()) * 4.5 / 127
 
     def run(x: Tensor) -> Tensor:
@@ -60,6 +44,14 @@ def torch_static(weight: Tensor, threads: int) -> Run:
         return torch.ops.quantized.linear(q, packed, spread, 128).dequantize()
 
     return run
+
+
+def _torch_packed(weight: Tensor) -> torch.ScriptObject:
+    """int8 rows for the engine `x86`, which torch has first here."""
+    torch.backends.quantized.engine = "x86"
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    q = torch.quantize_per_channel(weight, weight.abs().amax(1) / 127, zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(q, None)
 
 
 def torch_int4(weight: Tensor, threads: int) -> Run:

@@ -25,7 +25,7 @@ LAYERS = (
     "split learn",
     "passbase",
     "order",
-    "backend pipeline lowering",
+    "backend pipeline lowering gather",
     "registry",
     "recipe codec capture export skeleton",
     "show.account store",

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.backends.cpu.kernels import GATHER, GENERATED, KERNELS, self_test
-from qcompiler.backends.cpu.lower import LowerEmbedding, LowerLinear
+from qcompiler.backends.cpu.lower import LowerLinear
 from qcompiler.formats import Scheme
+from qcompiler.gather import GatherRows
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.sites import Site
@@ -45,7 +46,7 @@ class CpuBackend(Backend):
         only = tuple(sorted(self.kernels & KERNELS.keys())) if self.kernels is not None else ()
         return (
             *(LowerLinear(kernel=n, exclude=left, only=only, optional=True) for n in KERNELS),
-            LowerEmbedding(exclude=left, optional=True),
+            GatherRows(exclude=left, optional=True),
             *_fused(left),
         )
 

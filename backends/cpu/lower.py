@@ -1,7 +1,6 @@
 """Put the CPU's kernels in the place of the reference's operators.
 
 linear( fakequant(x), dequantize(q, s), b )   →   qc_cpu::linear(x, pack(q, s), b)
-embedding( dequantize(q, s), ids )            →   dequantize( q[ids], s[ids] )
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.cpu.choose import fits, refusals, seconds
-from qcompiler.backends.cpu.kernels import GATHER, KERNELS, Static
+from qcompiler.backends.cpu.kernels import KERNELS, Static
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
-from qcompiler.formats import QFormat, QTensor, Scheme
+from qcompiler.formats import QTensor, Scheme
 from qcompiler.history import Effect
 from qcompiler.lowering import unrounded
 from qcompiler.passbase import Pass
-from qcompiler.program import node_id
 from qcompiler.sites import Site, sites
 from qcompiler.stored import read
 
@@ -123,50 +121,6 @@ class LowerLinear(Pass):
         missing = [v is None and n is not None for v, n in zip(values, (scale, zero), strict=True)]
         computed = site.bias is not None and edit.param_of(site.bias) is None
         return None if any(missing) or computed else Static(*values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowerEmbedding(Pass):
-    """Decode the rows that are read, not the whole table."""
-
-    name: ClassVar[str] = "cpu_embedding"
-    effect: ClassVar[Effect] = Effect.LOWER
-
-    exclude: tuple[str, ...] = ()
-
-    def tolerance(self, facts: Facts) -> float:
-        return GATHER.tolerance
-
-    def run(self, edit: Edit, facts: Facts) -> None:
-        for site in sites(edit.nodes):
-            table = site.weight
-            if site.kind.name != "embedding" or table.target is not qc.dequantize.default:
-                continue
-            data, scale, zero, *rest = table.args
-            if site.id in self.exclude:
-                continue
-            if QFormat.parse(str(rest[0])).block is None:
-                edit.skip(site.node, "gather takes scales by rows; found one for the whole table")
-                continue
-            ids = site.node.args[1]
-            edit.spend("gather", site.node)
-            rows = [
-                None if p is None else edit.call(aten.embedding.default, p, ids, like=site.node)
-                for p in (data, _settled(edit, scale), _settled(edit, zero))
-            ]
-            new = edit.call(
-                qc.dequantize.default, *rows, *rest, like=site.node, replaces=[site.node]
-            )
-            edit.replace(site.node, new)
-
-
-def _settled(edit: Edit, node: object) -> fx.Node | None:
-    """Scales or zero points as a parameter that rows can be taken of, decoded if they are stored in
-    another form."""
-    if not isinstance(node, fx.Node) or (kept := read(edit, node)) is None:
-        return node if isinstance(node, fx.Node) else None
-    dtype = node.meta["val"].dtype
-    return edit.new_param(f"{node_id(node)}.decoded", kept.dequantize().to(dtype), like=node)
 
 
 def _value(edit: Edit, node: object) -> Tensor | None:

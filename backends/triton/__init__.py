@@ -12,6 +12,7 @@ from typing import ClassVar
 from qcompiler.backend import Artifact, Backend, Capability
 from qcompiler.backends.triton.kernels import GATHER, KERNELS
 from qcompiler.backends.triton.runtime import device, has, unavailable
+from qcompiler.gather import GatherRows
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 
@@ -40,7 +41,6 @@ class TritonBackend(Backend):
         return has(feature)
 
     def lowering(self, exclude: frozenset[str] = frozenset()) -> tuple[Pass, ...]:
-        from qcompiler.backends.triton.gather import LowerEmbedding
         from qcompiler.backends.triton.lower import LowerLinear
 
         load_operators()
@@ -50,7 +50,7 @@ class TritonBackend(Backend):
         if kernels:
             passes.append(LowerLinear(kernels=kernels, exclude=left, optional=True))
         if self.uses(GATHER):
-            passes.append(LowerEmbedding(exclude=left, optional=True))
+            passes.append(GatherRows(exclude=left, optional=True))
         return tuple(passes)
 
     def build(self, program: Program) -> Artifact:
