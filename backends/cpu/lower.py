@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from qcompiler.backends.cpu.choose import fits, refusals, seconds
 from qcompiler.backends.cpu.kernels import KERNELS, Static
 from qcompiler.edit import Edit
+from qcompiler.errors import BackendError
 from qcompiler.facts import Facts
 from qcompiler.formats import QTensor, Scheme
 from qcompiler.history import Effect
@@ -105,7 +106,17 @@ class LowerLinear(Pass):
     ) -> None:
         node, stem = site.node, site.id.rpartition("/")[0] or site.id
         bias = None if site.bias is None else facts.value(site.bias)
-        call = KERNELS[self.kernel].prepare(stored, bias, scheme.activation, static)
+        try:
+            call = KERNELS[self.kernel].prepare(stored, bias, scheme.activation, static)
+        except (MemoryError, RuntimeError) as error:
+            if "alloc" not in str(error):
+                raise
+            out, width = stored.data.shape
+            raise BackendError(
+                f"no memory to pack the weight of {site.id}, {out} × {width} in {stored.format}: "
+                f"{stored.bytes / 1e6:.0f} MB, and several times that while it is packed; free "
+                "memory, or leave the layer in floating point"
+            ) from error
         x, *_ = unrounded(site)
         params = [
             None if v is None else edit.new_param(f"{stem}.{k}", v, like=node)

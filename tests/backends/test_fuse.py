@@ -12,7 +12,7 @@ from torch import nn
 
 import qcompiler
 from qcompiler.backends.cpu import fuse
-from qcompiler.backends.cpu.kernels import GENERATED, KERNELS, Static
+from qcompiler.backends.cpu.kernels import GENERATED, KERNELS, Static, self_test
 from qcompiler.check import relative_error
 from qcompiler.formats import QFormat
 from qcompiler.rounding import nearest
@@ -294,3 +294,17 @@ def test_attention_to_nothing_and_to_nan() -> None:
     k[0, 1, 3, 7] = torch.nan
     got = torch.ops.qc_cpu.attend(q, k, v, None, 0.1, False)
     assert got[0, 0].isfinite().all() and got[0, 1].isnan().all()
+
+
+def test_no_memory_to_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*arguments: object) -> object:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB")
+
+    assert self_test("integer") is None  # it is only asked once
+    monkeypatch.setitem(KERNELS, "integer", replace(KERNELS["integer"], prepare=prepare))
+    module, example = zoo.build("llama")
+    backend = qcompiler.registry.get_backend("cpu").only("integer")
+    with pytest.raises(
+        qcompiler.QCompilerError, match=r"no memory to pack the weight of model\.lay"
+    ):
+        qcompiler.compile(module, example, passes=f"canonicalize,{W4A8}", backend=backend)
