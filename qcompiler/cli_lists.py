@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from qcompiler.backend import Capability
 from qcompiler.console import as_json, out, print_json
 from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.formats import ALIASES, NAMED_BLOCKS, element_names
@@ -138,11 +139,26 @@ def backends(json_: bool) -> None:
         rows.append(
             {"name": name, "about": backend.summary, "kernels": [asdict(k) for k in kernels]}
         )
-        lines = [f"{k}; {k.conditions}".removesuffix("; ") for k in kernels]
-        shown.add_row(name, escape(backend.summary), escape("\n".join(lines)))
+        shown.add_row(name, escape(backend.summary), escape("\n".join(_grouped(kernels))))
     if json_:
         return print_json({"backends": rows})
     return out.print(shown)
+
+
+def _grouped(kernels: Iterable[Capability]) -> list[str]:
+    """A line for each kernel and what it asks for, with all formats that it claims."""
+    groups: dict[tuple[str, str, str], list[Capability]] = {}
+    for claim in kernels:
+        groups.setdefault((claim.kernel, claim.op, claim.conditions), []).append(claim)
+    lines = []
+    for (kernel, op, conditions), claims in groups.items():
+        weights, activations = (
+            ", ".join(dict.fromkeys(getattr(c, which) for c in claims))
+            for which in ("weight", "activation")
+        )
+        line = f"{kernel}: {op} {weights} × {activations}; {conditions}"
+        lines.append(line.removesuffix("; "))
+    return lines
 
 
 LISTS = (passes_, roundings, metrics, recipes, formats, backends)
