@@ -94,7 +94,7 @@ def _machine(isa: Isa, triple: str = "") -> llvm.TargetMachine:
         llvm.initialize_native_asmprinter()
         target = llvm.Target.from_default_triple()
     features = ",".join(f"+{name}" for name in isa.features)
-    return target.create_target_machine(features=features, opt=3, reloc="pic", jit=not triple)
+    return target.create_target_machine("", features, 3, "pic", jit=not triple)
 
 
 def _read(place: Path, key: str) -> bytes | None:
