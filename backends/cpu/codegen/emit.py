@@ -1,7 +1,7 @@
 """`Code`: LLVM IR written down with loops, vectors and memory at byte offsets.
 
 Variables are stack slots: LLVM's first pass makes registers of them, so that no generator has to
-keep track of phi nodes.
+join what comes from different blocks.
 """
 
 from __future__ import annotations
@@ -67,16 +67,15 @@ class Code:
         """for i in range(start, stop, step): …"""
         b = self.b
         head, body, end = (self.function.append_basic_block(n) for n in ("head", "body", "end"))
-        before = b.block
+        counter = self.variable(I64)
+        counter.set(self.i64(start))
         b.branch(head)
         b.position_at_end(head)
-        i = b.phi(I64)
-        i.add_incoming(self.i64(start), before)
+        i = counter.get()
         b.cbranch(b.icmp_signed("<", i, self.i64(stop)), body, end)
         b.position_at_end(body)
         yield i
-        following = b.add(i, self.i64(step), flags=["nsw"])
-        i.add_incoming(following, b.block)
+        counter.set(b.add(i, self.i64(step), flags=["nsw"]))
         b.branch(head)
         b.position_at_end(end)
 
