@@ -10,6 +10,7 @@ activations, and is dispatched.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,7 +41,7 @@ FLIPPED = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Fuse(Pass):
-    """What the three have in common."""
+    """What the passes here have in common."""
 
     effect: ClassVar[Effect] = Effect.LOWER
 
@@ -55,9 +56,9 @@ class Fuse(Pass):
         if facts.program.dtype == torch.float32:
             self.fuse(edit)
 
+    @abstractmethod
     def fuse(self, edit: Edit) -> None:
         """Rewrite all that fits."""
-        raise NotImplementedError
 
     def found(self, edit: Edit, target: object) -> list[fx.Node]:
         """The calls of an operator that are not excluded."""

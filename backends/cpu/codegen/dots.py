@@ -9,6 +9,7 @@ is room for 2^31 / (255 · 128) = 65,793 inputs of 8 bits.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from qcompiler.backends.cpu.codegen.layout import STEPS
 MADD = "llvm.x86.avx2.pmadd.wd"
 
 
-class Dots:
+class Dots(ABC):
     """32-bit sums of one tile, by its cells."""
 
     signed8: ClassVar[bool] = False
@@ -63,9 +64,9 @@ class Dots:
     def open(self) -> None:
         """A chunk begins."""
 
+    @abstractmethod
     def add(self, cell: Hashable, codes: Any, x: Any) -> None:
         """Four inputs: what `weights` and `inputs` made."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """The chunk ends."""
