@@ -63,6 +63,7 @@ class Dots(ABC):
 
     def open(self) -> None:
         """A chunk begins."""
+        return
 
     @abstractmethod
     def add(self, cell: Hashable, codes: Any, x: Any) -> None:
@@ -70,6 +71,7 @@ class Dots(ABC):
 
     def close(self) -> None:
         """The chunk ends."""
+        return
 
     def more(self, cell: Hashable, value: Value) -> None:
         """sum += value"""
