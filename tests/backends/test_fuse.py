@@ -190,7 +190,13 @@ def _shared(m: Rare, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, k)
 
 
+def _flat(m: Rare, x: torch.Tensor) -> torch.Tensor:
+    q = m.one(x).unflatten(-1, (2, 32)).transpose(1, 2)
+    return nn.functional.scaled_dot_product_attention(q, q, q, scale=0.0)
+
+
 RARE = {
+    "a scale of nothing": (_flat, [(2, 2, 64)]),
     "half attention": (_half, [(2, 2, 64)]),
     "keys shared by a batch": (_shared, [(3, 2, 64), (1, 2, 5, 32)]),
     "whole numbers as a gain": (lambda m, x: m.one(x * m.whole), [(4, 64)]),
@@ -308,3 +314,11 @@ def test_no_memory_to_pack(monkeypatch: pytest.MonkeyPatch) -> None:
         qcompiler.QCompilerError, match=r"no memory to pack the weight of model\.lay"
     ):
         qcompiler.compile(module, example, passes=f"canonicalize,{W4A8}", backend=backend)
+
+
+def test_rope_in_any_memory_order() -> None:
+    """x with gaps between its numbers, and one cosine for all channels."""
+    x = torch.randn(2, 3, 5, 16)[..., ::2]
+    cos, sin = torch.randn(2, 1, 1, 5, 1)
+    want = torch.ops.qc.rope(x, cos.expand(1, 1, 5, 8), sin.expand(1, 1, 5, 8))
+    torch.testing.assert_close(torch.ops.qc_cpu.rope(x, cos, sin), want)
