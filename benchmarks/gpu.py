@@ -1,6 +1,6 @@
-"""Kernels of the backend `triton` on this GPU, beside torch's bfloat16 linear.
+"""Kernels of the backend `triton` on this GPU, beside torch's bfloat16 linear and its own kernels.
 
-    python benchmarks/gpu.py [--json FILE] [--minutes 8]
+    python benchmarks/gpu.py [--json FILE] [--minutes 8] [--only "decode 4096,attention"]
 
 Linears of a Llama's layer (grouped queries, 3.5 × wide) of hidden 4096 and 8192: decode of 1 and 16
 tokens with 4- and 8-bit weights, prefill of 4096 tokens in int8 and e4m3 with the rounding of
@@ -31,6 +31,7 @@ from torch import Tensor
 from qcompiler.backends.triton import TritonBackend, layout, load_operators
 from qcompiler.backends.triton.kernels import KERNELS
 from qcompiler.backends.triton.runtime import device
+from qcompiler.backends.triton.weights import LANES
 from qcompiler.testing import conformance
 
 HIDDEN = (4096, 8192)
@@ -118,13 +119,20 @@ def floats(out: int, width: int) -> tuple[Tensor, ...]:
     return (torch.randn(out, width, device="cuda", dtype=torch.bfloat16) / width**0.5,)
 
 
-def words(out: int, width: int, lanes: int) -> tuple[Tensor, ...]:
-    """Random 4-bit weights in the kernels' layout, and scales of groups."""
-    rows, inner = layout.padded(out, layout.ROWS), layout.padded(width, 8 * lanes)
-    shape = (inner // (8 * lanes), rows, lanes)
-    codes = torch.randint(-(2**31), 2**31 - 1, shape, device="cuda", dtype=torch.int32)
-    scale = torch.rand(rows, inner // GROUP, device="cuda").add_(0.5).mul_(width**-0.5 / 4).half()
-    return codes, scale
+def units(out: int, width: int, bits: int, unit: int) -> tuple[Tensor, ...]:
+    """Random integers in the kernels' layout, and scales of groups of 4 bits, of rows of 8 bits."""
+    lanes, group = LANES[0], GROUP if bits == 4 else width
+    shape = (width * bits // (unit * lanes), layout.padded(out, layout.ROWS), lanes)
+    codes = torch.randint(0, 256, (*shape, unit // 8), device="cuda", dtype=torch.uint8)
+    scale = torch.rand(width // group, shape[1], device="cuda").add_(0.5).mul_(width**-0.5 / 4)
+    return codes.view(torch.uint8 if unit == 8 else torch.int16).squeeze(-1), scale.half()
+
+
+def int4pack(out: int, width: int) -> tuple[Tensor, ...]:
+    """Random 4-bit weights as torch's own kernel wants them, scales and zero points beside them."""
+    codes = torch.randint(0, 256, (out, width // 2), device="cuda", dtype=torch.uint8)
+    sides = torch.rand(width // GROUP, out, 2, device="cuda", dtype=torch.bfloat16)
+    return torch._convert_weight_to_int4pack(codes, 8), sides
 
 
 def octets(out: int, width: int, fp8: bool) -> tuple[Tensor, ...]:
@@ -137,10 +145,10 @@ def octets(out: int, width: int, fp8: bool) -> tuple[Tensor, ...]:
     return codes, scale
 
 
-def decoded(weight: tuple[Tensor, ...], out: int, width: int) -> Tensor:
+def numbers(weight: tuple[Tensor, ...], out: int, width: int) -> Tensor:
     """4-bit weights in float32."""
-    numbers = layout.unpack_words(weight[0], out, width).float() - 8
-    return numbers * weight[1][:out].float().repeat_interleave(GROUP, 1)[:, :width]
+    found = layout.unpack_units(weight[0], out, width, 4).float() - 8
+    return found * weight[1][:, :out].t().float().repeat_interleave(GROUP, 1)[:, :width]
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -162,28 +170,36 @@ def decode_one(
 ) -> dict[str, float]:
     ops = torch.ops.qc_triton
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-    plain, short = many(lambda: floats(out, width)), many(lambda: words(out, width, 16))
-    long, byte = many(lambda: words(out, width, 32)), many(lambda: octets(out, width, False))
-    sides = [(w, torch.nn.functional.pad(s, (0, len(w) - out))[:, None]) for w, s in byte]
+    plain = many(lambda: floats(out, width))
+    short, byte = many(lambda: units(out, width, 4, 16)), many(lambda: units(out, width, 4, 8))
+    long, torchs = many(lambda: units(out, width, 8, 16)), many(lambda: int4pack(out, width))
 
     def w4a16(i: int) -> Tensor:
-        return ops.linear_w4a16(x, *short[i], None, None, GROUP, out, False)
+        return ops.linear_decoded(x, None, *short[i], None, None, GROUP, out, "int4", x.dtype)
 
     def w4a8(i: int) -> Tensor:
         codes, scales = ops.round_rows(x, None, False)
-        return ops.linear_w4a8(codes, scales, *long[i], None, None, GROUP, out, x.dtype)
+        sides = (None, None, GROUP, out, "int4", x.dtype)
+        return ops.linear_decoded(codes, scales, *byte[i], *sides)
 
     def w8a16(i: int) -> Tensor:
-        return ops.linear_w8a16(x, *sides[i], None, None, 0, out)
+        return ops.linear_decoded(x, None, *long[i], None, None, width, out, "int8", x.dtype)
 
-    error = off(w4a16(0), x.float() @ decoded(short[0], out, width).t())
+    error = off(w4a16(0), x.float() @ numbers(short[0], out, width).t())
     found = race({
         "bf16": (lambda i: torch.nn.functional.linear(x, *plain[i]), len(plain)),
+        "torch int4pack": (
+            lambda i: torch._weight_int4pack_mm(x, torchs[i][0], GROUP, torchs[i][1]),
+            len(torchs),
+        ),
         "w4a16": (w4a16, len(short)),
-        "w4a8": (w4a8, len(long)),
-        "w8a16": (w8a16, len(sides)),
+        "w4a8": (w4a8, len(byte)),
+        "w8a16": (w8a16, len(long)),
     })  # fmt: skip
-    weights = {"bf16": plain[0], "w4a16": short[0], "w4a8": long[0], "w8a16": byte[0]}
+    weights = {
+        "bf16": plain[0], "torch int4pack": torchs[0], "w4a16": short[0], "w4a8": byte[0],
+        "w8a16": long[0],
+    }  # fmt: skip
     for kernel, seconds in found.items():
         size = sum(t.numel() * t.element_size() for t in weights[kernel])
         results.add(
@@ -216,16 +232,26 @@ def prefill_one(results: Results, hidden: int, name: str, out: int, width: int) 
         codes, scales = ops.round_rows(x, None, kind == "fp8")
         return ops.linear_scaled(codes, scales, *weights[kind], None, out, x.dtype)
 
-    runs: dict[str, tuple[Run, int]] = {
-        kind: (partial(lambda kind, i: scaled(kind), kind), 1) for kind in kinds
-    }
+    def library(kind: str) -> Tensor:
+        """torch's products of codes behind the same rounding."""
+        codes, scales = ops.round_rows(x, None, kind == "fp8")
+        weight, side = weights[kind]
+        if kind == "int8":
+            return (torch._int_mm(codes, weight.t()) * scales * side).to(x.dtype)
+        codes, weight = (t.view(torch.float8_e4m3fn) for t in (codes, weight))
+        return torch._scaled_mm(codes, weight.t(), scales, side[None], out_dtype=x.dtype)
+
+    runs: dict[str, tuple[Run, int]] = {}
+    for kind in kinds:
+        runs[kind] = (partial(lambda kind, i: scaled(kind), kind), 1)
+        runs[f"torch {kind}"] = (partial(lambda kind, i: library(kind), kind), 1)
     found = race({"bf16": (lambda i: torch.nn.functional.linear(x, *plain), 1)} | runs)
     for kernel, seconds in found.items():
         error = {}
         if kernel in weights:
             codes, scale = weights[kernel]
-            numbers = codes.view(torch.float8_e4m3fn) if kernel == "fp8" else codes
-            wanted = x[:64].float() @ numbers[:out, :width].float().t() * scale
+            held = codes.view(torch.float8_e4m3fn) if kernel == "fp8" else codes
+            wanted = x[:64].float() @ held[:out, :width].float().t() * scale
             error = {"error": off(scaled(kernel)[:64], wanted)}
         results.add(
             what="prefill", hidden=hidden, tokens=PREFILL, linear=name, kernel=kernel,
@@ -261,17 +287,17 @@ def hadamard_one(
     results: Results, hidden: int, tokens: int, name: str, weights: list[tuple[Tensor, ...]],
     out: int, width: int,
 ) -> None:  # fmt: skip
-    from qcompiler.backends.triton.hadamard import factors
+    from qcompiler.backends.triton.hadamard import factor
 
     ops = torch.ops.qc_triton
-    made = factors(width)
+    made = factor(width)
     assert not isinstance(made, str)
-    left, right = (None if h is None else h.cuda() for h in made)
+    right = made.cuda()
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     codes, scales = ops.round_rows(x, None, False)
     found = race({
         "round": (lambda i: ops.round_rows(x, None, False), 20),
-        "turn": (lambda i: ops.turn_rows(x, left, right, None, False), 20),
+        "turn": (lambda i: ops.turn_rows(x, right, None, False), 20),
         "linear": (
             lambda i: ops.linear_scaled(codes, scales, *weights[i], None, out, x.dtype),
             len(weights),
@@ -282,6 +308,18 @@ def hadamard_one(
         what="hadamard", hidden=hidden, tokens=tokens, linear=name, width=width,
         **{f"{k}_us": v * 1e6 for k, v in found.items()},
         share=share, target=HADAMARD, met=share <= HADAMARD,
+    )  # fmt: skip
+
+
+def ceilings(results: Results) -> None:
+    """What the device can do: a large copy, and a large product of bfloat16."""
+    big = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    other = torch.empty_like(big)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found = race({"copy": (lambda i: other.copy_(big), 2), "product": (lambda i: a @ b, 2)})
+    results.add(
+        what="ceilings", copy_gb_per_s=2e-9 * big.numel() / found["copy"],
+        bf16_tflops=2e-12 * 8192**3 / found["product"],
     )  # fmt: skip
 
 
@@ -334,6 +372,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, help="write what is measured here, line by line")
     parser.add_argument("--minutes", type=float, default=7.5, help="start nothing new after these")
+    parser.add_argument("--only", default="", help="steps whose names begin with one of these")
     options = parser.parse_args()
     reason = TritonBackend().available()
     if reason is None and device().type != "cuda":
@@ -346,7 +385,7 @@ def main() -> int:
     results = Results(options.json, about())
     print("  ".join(f"{k} {v}" for k, v in results.about.items()))
     start = time.monotonic()
-    steps: list[tuple[str, Callable[[], None]]] = []
+    steps: list[tuple[str, Callable[[], None]]] = [("ceilings", partial(ceilings, results))]
     for hidden in HIDDEN:
         for tokens in (1, 16):
             steps.append((f"decode {hidden} {tokens}", partial(decode, results, hidden, tokens)))
@@ -355,7 +394,10 @@ def main() -> int:
     steps.append(("attention", partial(attention, results)))
     steps += [(f"conformance of {name}", partial(conform, results, name)) for name in KERNELS]
     failed = 0
+    wanted = tuple(options.only.split(","))
     for name, step in steps:
+        if not name.startswith(wanted):
+            continue
         if (spent := time.monotonic() - start) > 60 * options.minutes:
             results.note(f"{name}: not measured, {spent:.0f} s were over")
             continue

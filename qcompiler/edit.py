@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument
@@ -357,7 +358,8 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 def fake_call(node: fx.Node, mode: FakeTensorMode | None) -> object:
     """Result of a call on the fake values of its inputs: shape and type without arithmetic."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with torch.no_grad(), mode or nullcontext():
+    # Composite operators take sizes that are symbols only where Python decomposes them (torch 2.11).
+    with torch.no_grad(), enable_python_dispatcher(), mode or nullcontext():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -16,7 +16,7 @@ from qcompiler.gather import GatherRows
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
 
-OPERATORS = ("attention", "hadamard", "rows", "scaled", "w4a16", "w4a8", "w8a16")
+OPERATORS = ("attention", "decoded", "hadamard", "rows", "scaled")
 """Modules that register operators."""
 
 

@@ -8,99 +8,128 @@ section 3.1); they are turned as they are read. The tokens of a sequence are div
 each of which serves all queries of one key-value head (GQA) in one product; a second kernel adds
 their sums, scaled to a common maximum, in a fixed order (Dao et al. 2023, flash-decoding).
 
+int8 keys go into the product as they lie in memory: a query, times the scales of channels, becomes
+two of int8, 256 high + low, right to 16 bits. Scores are computed with tokens in rows, where few
+queries cost little; values are the right side of the second product.
+
     keys, values   (sequences, heads, capacity, d)
     scales         (sequences, heads, capacity, 1) per token, (… or 1, heads, 1, d) per channel
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.backends.triton.codes import cast, dot
+from qcompiler.backends.triton.codes import E4M3, INT8, cast, dot, number
 from qcompiler.backends.triton.operators import operator
+from qcompiler.backends.triton.rows import ROUND
 from qcompiler.backends.triton.runtime import processors
-from qcompiler.backends.triton.w8a16 import number
+from qcompiler.backends.triton.tune import Config, best
+from qcompiler.backends.triton.widen import floats
 
-TILE = 64
-"""Tokens that one step reads."""
 LEAST = 16
 """Sides of a product on the tensor cores are at least so long."""
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _tile(codes, t, d, D: tl.constexpr):
+    """Codes of the tokens t."""
+    at = codes + t[:, None] * D + d[None, :]
+    if d.shape[0] == D:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(d < D)[None, :], other=0)
+
+
+@triton.jit
+def _turned(codes, k_side, cos, sin, t, d, FP8: tl.constexpr, D: tl.constexpr):
+    """Keys behind their rotary embedding: s k cos + (-(s k)₂, (s k)₁) sin, in float32."""
+    KIND: tl.constexpr = E4M3 if FP8 else INT8
+    other = (d + D // 2) % D
+    k = number(_tile(codes, t, d, D).to(tl.int32), KIND)
+    k2 = number(_tile(codes, t, other, D).to(tl.int32), KIND)
+    if k_side is not None:
+        k *= tl.load(k_side + d, mask=d < D, other=0.0)[None, :]
+        k2 *= tl.load(k_side + other, mask=d < D, other=0.0)[None, :]
+    k2 *= tl.where(d < D // 2, -1.0, 1.0)[None, :]
+    return k * _tile(cos, t, d, D) + k2 * _tile(sin, t, d, D)
+
+
+@triton.jit
+def _halves(q):
+    """q (d, queries) as unit (256 high + low): two of int8, and a unit for each query."""
+    unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-30) / 32512.0
+    n = (q / unit[None, :] + ROUND) - ROUND
+    high = tl.floor(n / 256.0 + 0.5)
+    return high.to(tl.int8), (n - 256.0 * high).to(tl.int8), unit
 
 
 @triton.jit
 def _parts(
     q, keys, values, k_scale, v_scale, cos, sin, lengths, out, peak, mass,
-    heads, capacity, part, norm, k_step, v_step,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    heads, capacity, norm, k_step, v_step,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     TILE: tl.constexpr, FP8: tl.constexpr, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [part · program_id(1), …) of one key-value head."""
+    """One piece, program_id(1), of the tokens of one key-value head."""
     pair, piece, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    sequence = pair // heads
-    g, d = tl.arange(0, QUERIES), tl.arange(0, HALF)[None, :]
-    there = (g < GROUP)[:, None] & (d < D // 2)
-    row = q + (pair * GROUP + g).to(tl.int64)[:, None] * D + d
-    q1 = tl.load(row, mask=there, other=0.0)
-    q2 = tl.load(row + D // 2, mask=there, other=0.0)
-    length = tl.load(lengths + sequence)
+    WHOLE: tl.constexpr = cos is None and not FP8
+    g, d = tl.arange(0, QUERIES), tl.arange(0, WIDE)
+    row = (pair * GROUP + g).to(tl.int64)
+    there = (d < D)[:, None] & (g < GROUP)[None, :]
+    query = tl.load(q + row[None, :] * D + d[:, None], mask=there, other=0.0).to(tl.float32)
+    k_side = None if K_TOKEN else k_scale + pair % k_step * D
+    if not K_TOKEN and cos is None:
+        query *= tl.load(k_side + d, mask=d < D, other=0.0)[:, None]
+    if WHOLE:
+        high, low, unit = _halves(query)
+        unit *= norm
+    else:
+        query = cast(query, DTYPE)
+    length = tl.load(lengths + pair // heads)
+    part = tl.cdiv(tl.cdiv(length, pieces), TILE) * TILE
+    keys += pair.to(tl.int64) * capacity * D
+    values += pair.to(tl.int64) * capacity * D
     top = tl.full((QUERIES,), -1e30, tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    y1 = tl.zeros((QUERIES, HALF), tl.float32)
-    y2 = tl.zeros((QUERIES, HALF), tl.float32)
+    total = tl.zeros((TILE, QUERIES), tl.float32)
+    y = tl.zeros((QUERIES, WIDE), tl.float32)
     for first in range(piece * part, tl.minimum((piece + 1) * part, length), TILE):
-        t = first + tl.arange(0, TILE)
-        seen = (t < length)[:, None] & (d < D // 2)
-        at = (pair.to(tl.int64) * capacity + t)[:, None] * D + d
-        k1 = number(tl.load(keys + at, mask=seen, other=0), FP8)
-        k2 = number(tl.load(keys + at + D // 2, mask=seen, other=0), FP8)
-        if not K_TOKEN:
-            side = k_scale + pair % k_step * D + d
-            k1 *= tl.load(side, mask=d < D // 2, other=0.0)
-            k2 *= tl.load(side + D // 2, mask=d < D // 2, other=0.0)
-        if cos is not None:
-            angle = t[:, None] * D + d
-            c1, s1 = (
-                tl.load(cos + angle, mask=seen, other=0.0),
-                tl.load(sin + angle, mask=seen, other=0.0),
-            )
-            angle += D // 2
-            c2, s2 = (
-                tl.load(cos + angle, mask=seen, other=0.0),
-                tl.load(sin + angle, mask=seen, other=0.0),
-            )
-            turned = k1 * c1 - k2 * s1
-            k2 = k2 * c2 + k1 * s2
-            k1 = turned
-        scores = tl.zeros((QUERIES, TILE), tl.float32)
-        scores = dot(cast(q1, DTYPE), tl.trans(cast(k1, DTYPE)), scores)
-        scores = dot(cast(q2, DTYPE), tl.trans(cast(k2, DTYPE)), scores) * norm
-        inside = t < length
+        inside = first + tl.arange(0, TILE) < length
+        t = tl.minimum(first + tl.arange(0, TILE), length - 1)
+        if WHOLE:
+            k = _tile(keys, t, d, D)
+            sums = dot(k, high, tl.zeros((TILE, QUERIES), tl.int32)) * 256
+            scores = dot(k, low, sums).to(tl.float32) * unit[None, :]
+        else:
+            if cos is None:
+                k = floats(_tile(keys, t, d, D), FP8, DTYPE)
+            else:
+                k = cast(_turned(keys, k_side, cos, sin, t, d, FP8, D), DTYPE)
+            scores = dot(k, query, tl.zeros((TILE, QUERIES), tl.float32)) * norm
         if K_TOKEN:
-            scores *= tl.load(k_scale + pair * capacity + t, mask=inside, other=0.0)[None, :]
-        scores = tl.where(inside[None, :], scores, -1e30)
-        new = tl.maximum(top, tl.max(scores, 1))
-        p, keep = tl.exp(scores - new[:, None]), tl.exp(top - new)
-        total = total * keep + tl.sum(p, 1)
+            scores *= tl.load(k_scale + pair * capacity + t)[:, None]
+        scores = tl.where(inside[:, None], scores, -1e30)
+        new = tl.maximum(top, tl.max(scores, 0))
+        p, keep = tl.exp2(scores - new[None, :]), tl.exp2(top - new)
+        total = total * keep[None, :] + p
         top = new
         if V_TOKEN:
-            p *= tl.load(v_scale + pair * capacity + t, mask=inside, other=0.0)[None, :]
-        v1 = number(tl.load(values + at, mask=seen, other=0), FP8)
-        v2 = number(tl.load(values + at + D // 2, mask=seen, other=0), FP8)
-        y1 = dot(cast(p, DTYPE), cast(v1, DTYPE), y1 * keep[:, None])
-        y2 = dot(cast(p, DTYPE), cast(v2, DTYPE), y2 * keep[:, None])
+            p *= tl.load(v_scale + pair * capacity + t)[:, None]
+        v = floats(_tile(values, t, d, D), FP8, DTYPE)
+        y = dot(tl.trans(cast(p, DTYPE)), v, y * keep[:, None])
     if not V_TOKEN:
-        side = v_scale + pair % v_step * D + d
-        y1 *= tl.load(side, mask=d < D // 2, other=0.0)
-        y2 *= tl.load(side + D // 2, mask=d < D // 2, other=0.0)
-    place = (pair * GROUP + g) * pieces + piece
+        y *= tl.load(v_scale + pair % v_step * D + d, mask=d < D, other=0.0)[None, :]
+    place = row * pieces + piece
     tl.store(peak + place, top, mask=g < GROUP)
-    tl.store(mass + place, total, mask=g < GROUP)
-    tl.store(out + place[:, None] * D + d, y1, mask=there)
-    tl.store(out + place[:, None] * D + D // 2 + d, y2, mask=there)
+    tl.store(mass + place, tl.sum(total, 0), mask=g < GROUP)
+    tl.store(out + place[:, None] * D + d[None, :], y, mask=tl.trans(there))
 
 
 @triton.jit
@@ -110,7 +139,7 @@ def _merge(
     """One query head."""
     head, i, d = tl.program_id(0), tl.arange(0, PIECES), tl.arange(0, WIDE)
     top = tl.load(peak + head * pieces + i, mask=i < pieces, other=-1e30)
-    weight = tl.exp(top - tl.max(top, 0))
+    weight = tl.exp2(top - tl.max(top, 0))
     total = tl.sum(weight * tl.load(mass + head * pieces + i, mask=i < pieces, other=0.0), 0)
     at = (head * pieces + i)[:, None] * D + d[None, :]
     part = tl.load(out + at, mask=(i < pieces)[:, None] & (d < D)[None, :], other=0.0)
@@ -134,30 +163,60 @@ def decode_attention(
 ) -> Tensor:  # fmt: skip
     """q (sequences, query heads, d) → the same shape; `lengths` (sequences,) int32: tokens in the
     cache; cos and sin (capacity, d) turn keys that are kept before their rotary embedding."""
+    if q.numel() == 0 or keys.numel() == 0:
+        return torch.zeros_like(q)
+    q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
+    cache = (keys, values, k_scale.float().contiguous(), v_scale.float().contiguous())
+    kind = (q.dtype, keys.dtype, k_scale.shape[-1] == 1, v_scale.shape[-1] == 1, cos is None)
+    key = " ".join(map(str, ("attention", q.shape[1], tuple(keys.shape), *kind)))
+
+    def run(config: Config, tokens: Tensor) -> Tensor:
+        return launch(config, q, *cache, tokens, cos, sin)
+
+    full = partial(torch.full_like, lengths, keys.shape[2])
+    return run(best(key, keys, candidates(keys), lambda c: run(c, full())), lengths)
+
+
+def launch(
+    config: Config, q: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor,
+    lengths: Tensor, cos: Tensor | None, sin: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`split` pieces, read in steps of `tokens`."""
     (sequences, heads, capacity, d), queries = keys.shape, q.shape[1]
-    group = queries // heads
+    group, pieces = queries // heads, config.split
     y = torch.empty_like(q)
-    if q.numel() == 0:
-        return y
-    wanted = max(1, 2 * processors(q.device) // (sequences * heads))
-    part = triton.cdiv(triton.cdiv(max(capacity, 1), wanted), TILE) * TILE
-    pieces = triton.cdiv(max(capacity, 1), part)
     sums = q.new_empty((sequences * queries, pieces, d), dtype=torch.float32)
     peak, mass = (q.new_empty(sums.shape[:2], dtype=torch.float32) for _ in range(2))
     wrap = torch.library.wrap_triton
     wrap(_parts)[(sequences * heads, pieces)](
-        q.contiguous(), keys.contiguous(), values.contiguous(),
-        k_scale.float().contiguous(), v_scale.float().contiguous(), cos, sin, lengths,
-        sums, peak, mass, heads, capacity, part, d**-0.5,
+        q, keys, values, k_scale, v_scale, cos, sin, lengths, sums, peak, mass,
+        heads, capacity, LOG2_E * d**-0.5,
         k_scale.shape[0] * k_scale.shape[1], v_scale.shape[0] * v_scale.shape[1],
         GROUP=group, QUERIES=max(triton.next_power_of_2(group), LEAST), D=d,
-        HALF=max(triton.next_power_of_2(d // 2), LEAST), TILE=TILE,
+        WIDE=max(triton.next_power_of_2(d), 2 * LEAST), TILE=config.tokens,
         FP8=keys.dtype == torch.uint8,
         K_TOKEN=k_scale.shape[-1] == 1, V_TOKEN=v_scale.shape[-1] == 1,
-        DTYPE=tl.float16 if q.dtype == torch.float16 else tl.bfloat16, num_warps=4,
+        DTYPE=tl.float16 if q.dtype == torch.float16 else tl.bfloat16,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     wrap(_merge)[(sequences * queries,)](
         sums, peak, mass, y, pieces, D=d, PIECES=triton.next_power_of_2(pieces),
         WIDE=triton.next_power_of_2(d),
     )  # fmt: skip
     return y
+
+
+def candidates(keys: Tensor) -> list[Config]:
+    """Steps, warps, stages, and in how many pieces some programs run on each processor at once."""
+    sequences, heads, capacity, _ = keys.shape
+    made = []
+    for tokens, warps, stages, programs in (
+        (64, 2, 3, 4),
+        (64, 1, 3, 4),
+        (32, 1, 2, 8),
+        (64, 4, 2, 4),
+    ):
+        pieces = programs * processors(keys.device) // (sequences * heads)
+        pieces = max(1, min(pieces, triton.cdiv(capacity, tokens)))
+        made.append(Config(LEAST, tokens, split=pieces, warps=warps, stages=stages))
+    return made

@@ -4,7 +4,7 @@ interpreter, the first in the table that takes the site."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,25 +33,30 @@ def candidates(site: Site, scheme: Scheme, q: QTensor) -> tuple[list[Kernel], di
 
 
 def times(
-    kernels: list[Kernel], scheme: Scheme, q: QTensor, dtype: torch.dtype
+    kernels: list[Kernel],
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    prepare: Callable[[Kernel], Weight],
 ) -> Mapping[str, float]:
-    """Kernel → seconds, geometric mean over `TOKENS`, on this GPU; empty without one."""
+    """Kernel → seconds for a weight (rows, inputs), geometric mean over `TOKENS`, on this GPU;
+    empty without one."""
     if device().type != "cuda":
         return {}
     from qcompiler.backends.triton.tune import remembered, seconds
 
     def measure(kernel: Kernel) -> float:
-        weight = kernel.prepare(q)
+        weight = prepare(kernel)
         tensors = {k: v.to(device()) for k, v in weight.tensors.items()}
         if kernel.name == "float":
             tensors["weight"] = tensors["weight"].to(dtype)
         found = []
         for tokens in TOKENS:
-            x = torch.randn(tokens, q.data.shape[1], device=device(), dtype=dtype)
+            x = torch.randn(tokens, shape[1], device=device(), dtype=dtype)
             found.append(seconds(lambda x=x: _run(kernel, x, tensors, weight, scheme)))  # type: ignore[misc]
         return statistics.geometric_mean(found)
 
-    about = f"{scheme} {tuple(q.data.shape)} {dtype}"
+    about = f"{scheme} {shape} {dtype}"
     return {k.name: remembered(f"{k.name} {about}", lambda k=k: measure(k)) for k in kernels}  # type: ignore[misc]
 
 

@@ -1,11 +1,13 @@
 """A Hadamard transform of each row, and its rounding per token, in one kernel.
 
-    y = H x / √n,   H = H_A ⊗ H_B,   Y = H_A X H_Bᵀ  for x laid out as X (A, B)
+    y = H x / √n,   H = H_2 ⊗ … ⊗ H_2 ⊗ H_B,   x laid out as X (A, B), A a power of two
 
-Two small products on the tensor cores for a row: n (A + B) multiplications, not n². A is a power
-of two, B a power of two times the size of a core (`qcompiler/hadamard.py`). Entries ±1 are exact in
-bfloat16, and a factor that is wider goes in as the sum of two of them, right to 16 bits. Short rows
-have no left factor: a tile of 16 of them is multiplied by H_Bᵀ.
+X H_Bᵀ is a small product on the tensor cores: entries ±1 are exact in bfloat16, and an input that
+is wider goes in as the sum of two of them, right to 16 bits. B is the size of a core
+(`qcompiler/hadamard.py`) times a power of two, some 32. The rest are butterflies, u + v and u - v,
+between rows of X: first those that one thread holds both after the product; then numbers change
+places, once, so that threads hold both of the others. Short rows have no butterflies: a tile of 16
+of them is multiplied by H_nᵀ.
 """
 
 from __future__ import annotations
@@ -17,32 +19,25 @@ from torch import Tensor
 
 from qcompiler.backends.triton.codes import cast, dot
 from qcompiler.backends.triton.operators import operator, rows_of
-from qcompiler.backends.triton.rows import buffers, encode, scale_of, warps_for
-from qcompiler.backends.triton.runtime import processors
+from qcompiler.backends.triton.rows import buffers, encode, scale_of
 from qcompiler.hadamard import core_size, hadamard
 
-LARGEST = 256
-"""Side of the largest factor."""
-SHORT = 128
-"""Rows up to this length have one factor."""
+WIDE = 32
+"""What B is made from a smaller core."""
 TILE = 16
-SMALL = 8192
-"""Numbers of a row up to which its factors, and the next row, have room in shared memory."""
-
-
-@triton.jit
-def _split(x):
-    """x as the sum of two bfloat16 numbers."""
-    high = cast(x, tl.bfloat16)
-    return high, cast(x - high.to(tl.float32), tl.bfloat16)
+"""Sides of a product on the tensor cores are at least so long."""
+SIDE = 256
+"""Of the largest H_B; rows up to this length may be multiplied by the whole matrix."""
+LARGEST = 32768
+"""Numbers of a row, with the columns that B is padded with, that registers hold."""
 
 
 @triton.jit
 def _matrix(h, SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """H (SIZE, SIZE) in a tile (WIDE, WIDE)."""
+    """Hᵀ (SIZE, SIZE) in a tile (WIDE, WIDE)."""
     i, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WIDE)[None, :]
     entries = tl.load(h + i * SIZE + j, mask=(i < SIZE) & (j < SIZE), other=0)
-    return entries.to(tl.float32).to(tl.bfloat16)
+    return tl.trans(entries.to(tl.float32).to(tl.bfloat16))
 
 
 @triton.jit
@@ -52,42 +47,53 @@ def _times(x, h):
     if x.dtype == tl.bfloat16:
         return dot(x, h, zero)
     else:
-        high, low = _split(x.to(tl.float32))
+        x = x.to(tl.float32)
+        high = cast(x, tl.bfloat16)
+        low = cast(x - high.to(tl.float32), tl.bfloat16)
         return dot(low, h, dot(high, h, zero))
 
 
 @triton.jit
-def _row(
-    row, x, h_left, h_right, given, codes, scales, norm, inner,
-    A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, FP8: tl.constexpr, PAD: tl.constexpr,
-):  # fmt: skip
-    i, j = tl.arange(0, A)[:, None], tl.arange(0, WIDE)[None, :]
-    inside = (j < B) & (i < A)
-    y = tl.load(x + row * A * B + i * B + j, mask=inside, other=0.0)
-    high, low = _split(_times(y, h_right))
-    y = dot(h_left, low, dot(h_left, high, tl.zeros((A, WIDE), tl.float32))) * norm
-    s = scale_of(tl.max(tl.max(tl.abs(y), 1), 0), given, FP8)
-    tl.store(codes + row * inner + i * B + j, encode(y, s, FP8), mask=inside)
-    tail = A * B + tl.arange(0, PAD)
-    none = tl.zeros((PAD,), codes.dtype.element_ty)
-    tl.store(codes + row * inner + tail, none, mask=tail < inner)
-    tl.store(scales + row, s)
+def _butterflies(y, STRIDE: tl.constexpr, LEVELS: tl.constexpr):
+    """(u + v, u - v) for all pairs of numbers STRIDE apart in y, then STRIDE / 2, …"""
+    for i in tl.static_range(LEVELS):
+        pairs = tl.reshape(y, (y.shape[0] // (STRIDE >> i) // 2, 2, STRIDE >> i))
+        u, v = tl.split(tl.permute(pairs, (0, 2, 1)))
+        y = tl.reshape(tl.permute(tl.join(u + v, u - v), (0, 2, 1)), (y.shape[0],))
+    return y
 
 
 @triton.jit
 def _long(
-    x, left, right, given, codes, scales, rows, norm, inner,
+    x, right, given, codes, scales, norm, inner,
     A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, FP8: tl.constexpr, PAD: tl.constexpr,
-    LOOP: tl.constexpr,
+    WARPS: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
-    """One row for each program, or one after another while the factors stay in shared memory."""
-    first = tl.program_id(0).to(tl.int64)
-    h_left, h_right = _matrix(left, A, A), tl.trans(_matrix(right, B, WIDE))
-    if LOOP:
-        for row in range(first, rows, tl.num_programs(0)):
-            _row(row, x, h_left, h_right, given, codes, scales, norm, inner, A, B, WIDE, FP8, PAD)
-    else:
-        _row(first, x, h_left, h_right, given, codes, scales, norm, inner, A, B, WIDE, FP8, PAD)
+    """One row for each program; A = 2^OUTER · 2^WARPS · 2 · 8, from far to near: what the product
+    leaves in a thread, in the warps, in a thread, and in the lanes of a warp."""
+    N: tl.constexpr = A * WIDE
+    row = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, A)[:, None], tl.arange(0, WIDE)[None, :]
+    inside = j < B
+    y = tl.load(x + row * A * B + i * B + j, mask=inside, other=0.0)
+    y = tl.reshape(_times(y, _matrix(right, B, WIDE)), (N,))
+    y = _butterflies(y, N // 2, OUTER)
+    y = _butterflies(y, 8 * WIDE, 1)
+    # Threads hold what differs in the highest bits of a place; with neighbours among it, codes are
+    # stored in pairs.
+    y = tl.reshape(y, (1 << OUTER, 1 << WARPS, 2, 8, WIDE // 2, 2))
+    y = tl.reshape(tl.permute(y, (1, 3, 5, 0, 2, 4)), (N,))
+    y = _butterflies(y, N // 2, WARPS + 3)
+    s = scale_of(tl.max(tl.abs(y), 0) * norm, given, FP8)
+    y *= norm / s
+    q = encode(y, y, given is None, FP8)
+    q = tl.reshape(q, (1 << WARPS, 8, 2, 1 << OUTER, 2, WIDE // 2))
+    q = tl.reshape(tl.permute(q, (3, 0, 4, 1, 5, 2)), (A, WIDE))
+    tl.store(codes + row * inner + i * B + j, q, mask=inside)
+    tail = A * B + tl.arange(0, PAD)
+    none = tl.zeros((PAD,), codes.dtype.element_ty)
+    tl.store(codes + row * inner + tail, none, mask=tail < inner)
+    tl.store(scales + row, s)
 
 
 @triton.jit
@@ -100,23 +106,21 @@ def _short(
     j = tl.arange(0, WIDE)[None, :]
     there = row[:, None] < rows
     y = tl.load(x + row[:, None] * B + j, mask=there & (j < B), other=0.0)
-    y = _times(y, tl.trans(_matrix(right, B, WIDE))) * norm
+    y = _times(y, _matrix(right, B, WIDE)) * norm
     s = scale_of(tl.max(tl.abs(y), 1), given, FP8)
-    tl.store(codes + row[:, None] * inner + j, encode(y, s[:, None], FP8), mask=there & (j < inner))
+    y *= (1.0 / s)[:, None]
+    q = encode(y, y, given is None, FP8)
+    tl.store(codes + row[:, None] * inner + j, q, mask=there & (j < inner))
     tl.store(scales + row, s, mask=row < rows)
 
 
-def _shape(
-    x: Tensor, left: Tensor | None, right: Tensor, given: Tensor | None, fp8: bool
-) -> tuple[Tensor, Tensor]:
+def _shape(x: Tensor, right: Tensor, given: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor]:
     return buffers(x, fp8)
 
 
 @operator(_shape)
-def turn_rows(
-    x: Tensor, left: Tensor | None, right: Tensor, given: Tensor | None, fp8: bool
-) -> tuple[Tensor, Tensor]:
-    """`round_rows` of H x / √n, with H in the factors that `factors` makes."""
+def turn_rows(x: Tensor, right: Tensor, given: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor]:
+    """`round_rows` of H x / √n, with the H_B that `factor` makes."""
     codes, scales = buffers(x, fp8)
     flat = rows_of(x)
     count, width = flat.shape
@@ -124,40 +128,41 @@ def turn_rows(
         return codes, scales
     inner, b = codes.shape[-1], right.shape[0]
     wrap = torch.library.wrap_triton
-    if left is None:
+    if b == width:
         wide = max(triton.next_power_of_2(inner), TILE)
         wrap(_short)[(triton.cdiv(count, TILE),)](
             flat, right, given, codes, scales, count, width**-0.5, inner,
             ROWS=TILE, B=b, WIDE=wide, FP8=fp8, num_warps=4,
         )  # fmt: skip
         return codes, scales
-    a, wide = left.shape[0], max(triton.next_power_of_2(b), TILE)
-    loop = a * wide <= SMALL
-    wrap(_long)[(min(count, 4 * processors(x.device)) if loop else count,)](
-        flat, left, right, given, codes, scales, count, width**-0.5, inner,
-        A=a, B=b, WIDE=wide, FP8=fp8, PAD=128, LOOP=loop,
-        num_warps=max(4, warps_for(a * wide)), num_stages=2 if loop else 1,
+    a, wide = width // b, triton.next_power_of_2(b)
+    warps = 4 if wide <= 2 * WIDE and a * wide <= LARGEST // 2 else 8
+    divided = min(warps, a // TILE)
+    wrap(_long)[(count,)](
+        flat, right, given, codes, scales, width**-0.5, inner,
+        A=a, B=b, WIDE=wide, FP8=fp8, PAD=128, WARPS=_log(divided),
+        OUTER=_log(a // (TILE * divided)), num_warps=warps,
     )  # fmt: skip
     return codes, scales
 
 
-def factors(n: int) -> tuple[Tensor | None, Tensor] | str:
-    """H_A (None for short rows) and H_B of size n, int8; or why there are none."""
-    core = core_size(n)
-    if core is None:
+def _log(n: int) -> int:
+    """k of n = 2^k."""
+    return n.bit_length() - 1
+
+
+def factor(n: int) -> Tensor | str:
+    """H_B for rows of n, int8, or why they have none."""
+    b = core_size(n)
+    if b is None:
         return f"there is no Hadamard matrix of size {n}"
-    b = core
-    while b < n and (n <= SHORT or b < TILE or (b * b < n and 2 * b <= LARGEST)):
+    while 2 * b <= WIDE and n >= 2 * b * TILE:
         b *= 2
-    a = n // b
-    if a == 1 and b <= LARGEST:
-        return None, _integers(b)
-    if not TILE <= a <= LARGEST or b > LARGEST:
-        return f"its Hadamard transform of size {n} has factors {a} and {b}"
-    return _integers(a), _integers(b)
-
-
-def _integers(n: int) -> Tensor:
-    matrix = hadamard(n)
+    small = b < TILE or n < b * TILE
+    if small and n <= SIDE:
+        b, small = n, False
+    if small or b > SIDE or n // b * triton.next_power_of_2(b) > LARGEST:
+        return f"its Hadamard transform of size {n} has factors {n // b} and {b}"
+    matrix = hadamard(b)
     assert matrix is not None
     return matrix.to(torch.int8)

@@ -23,15 +23,7 @@ import torch
 
 from qcompiler.backend import Capability
 from qcompiler.backends.triton.runtime import has
-from qcompiler.backends.triton.weights import (
-    LANES,
-    SHORT_LANES,
-    Weight,
-    group_of,
-    octets,
-    plain_octets,
-    words,
-)
+from qcompiler.backends.triton.weights import Weight, group_of, plain_octets, units
 from qcompiler.formats import QTensor
 
 Call = Callable[..., Any]
@@ -75,9 +67,9 @@ def _multiple(lanes: int) -> Callable[[QTensor], str | None]:
 
 def _whole_zeros(q: QTensor) -> str | None:
     zero = torch.zeros(1) if q.zero is None else q.zero.float()
-    if not torch.equal(zero, zero.round()) or zero.abs().max() > 16:
-        return "takes whole zero points from -16 to 16; found others"
-    return _multiple(LANES)(q)
+    if not torch.equal(zero, zero.round()) or zero.min() < -8 or zero.max() > 64:
+        return "takes whole zero points from -8 to 64; found others"
+    return _multiple(32)(q)
 
 
 def _symmetric(q: QTensor) -> str | None:
@@ -107,22 +99,20 @@ def _w4a8(
     call: Call, x: Any, rounded: Rounding, w: Tensors, weight: Weight, bias: Any, dtype: torch.dtype
 ) -> Any:
     codes, scales = rounded(False)
-    sides = (w["words"], w["scale"], w.get("zero"), bias, weight.group, weight.rows)
-    return call(torch.ops.qc_triton.linear_w4a8.default, codes, scales, *sides, dtype)
+    return _decoded(call, codes, scales, w, weight, bias, dtype)
 
 
-def _w4a16(
+def _short(
     call: Call, x: Any, rounded: Rounding, w: Tensors, weight: Weight, bias: Any, dtype: torch.dtype
 ) -> Any:
-    sides = (w["words"], w["scale"], w.get("zero"), bias, weight.group, weight.rows)
-    return call(torch.ops.qc_triton.linear_w4a16.default, x, *sides, weight.fp4)
+    return _decoded(call, x, None, w, weight, bias, dtype)
 
 
-def _w8a16(
-    call: Call, x: Any, rounded: Rounding, w: Tensors, weight: Weight, bias: Any, dtype: torch.dtype
+def _decoded(
+    call: Call, x: Any, x_scale: Any, w: Tensors, weight: Weight, bias: Any, dtype: torch.dtype
 ) -> Any:
-    sides = (w["weight"], w["scale"], w.get("zero"), bias, weight.group, weight.rows)
-    return call(torch.ops.qc_triton.linear_w8a16.default, x, *sides)
+    sides = (w["units"], w["scale"], w.get("zero"), bias, weight.group, weight.rows, weight.kind)
+    return call(torch.ops.qc_triton.linear_decoded.default, x, x_scale, *sides, dtype)
 
 
 def _float(
@@ -180,7 +170,7 @@ KERNELS = {
         Kernel(
             "w4a8",
             _claims("w4a8", INTEGERS, INT8, 5e-3, "int32 in each group"),
-            lambda q: words(q, LANES),
+            lambda q: units(q, 8),
             _w4a8,
             _whole_zeros,
             rounds=True,
@@ -188,16 +178,16 @@ KERNELS = {
         Kernel(
             "w4a16",
             _claims("w4a16", f"{INTEGERS} fp4_e2m1:*", "*", 1e-2, "float32", "16-bit activations"),
-            lambda q: words(q, SHORT_LANES),
-            _w4a16,
-            _multiple(SHORT_LANES),
+            lambda q: units(q, 16),
+            _short,
+            _multiple(16),
         ),
         Kernel(
             "w8a16",
             _claims("w8a16", BYTES, "*", 1e-2, "float32", "16-bit activations"),
-            octets,
-            _w8a16,
-            _multiple(SHORT_LANES),
+            lambda q: units(q, 16),
+            _short,
+            _multiple(16),
         ),
         Kernel(
             "float",

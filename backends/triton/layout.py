@@ -1,23 +1,23 @@
-"""How 4-bit weights lie in memory: eight codes in a word, from eight places of a row.
+"""How weights lie in memory: codes of several places of a row in one unit.
 
-Inputs are taken in *blocks* of 8 · L (L lanes, 16 or 32). Word i of a block holds the codes of
+Inputs are taken in *blocks* of C · P (C codes in a unit, P lanes). Unit p of a block has the codes
 
-    k = i,  L + i,  2 L + i,  …,  7 L + i          nibble j (bits 4j … 4j+3)  ↔  k = j L + i
+    k = p,  P + p,  …,  (C - 1) P + p              plane j (its bits from B j on)  ↔  k = j P + p
 
-so that `(word >> 4 j) & 15` are L neighbouring inputs (*plane* j), met by one contiguous load of
-the activation, and no code ever has to move to another lane. Words of a block lie row by row:
+so that plane j of P units is P neighbouring inputs, met by one contiguous load of the activation,
+and no code ever has to move to another lane (`codes.py` decodes them). A block lies row by row:
 
-    words[block, row, lane]      row 0             row 1             row 2
+    units[block, row, lane]      row 0             row 1             row 2
                         ┌─────────────────┬─────────────────┬─────────────────┬─ …
-              block 0   │ w0 w1 … w(L-1)  │ w0 w1 … w(L-1)  │ …               │
+              block 0   │ u0 u1 … u(P-1)  │ u0 u1 … u(P-1)  │ …               │
                         ├─────────────────┼─────────────────┼─────────────────┼─ …
               block 1   │ …               │                 │                 │
 
-A tile of R rows is one run of 4 R L bytes in each block: every byte that is fetched is used, in
-loads of 16 bytes. Rows are padded to a multiple of 128 and inputs to a block, with zeros, so that
-weights are read without masks. Integer codes are stored with 8 added (0 … 15).
+A tile of R rows is one run of bytes in each block: every byte that is fetched is used, in loads of
+16 bytes. Rows are padded to a multiple of 128 and inputs to a block, with zeros, so that weights
+are read without masks. Codes of 4-bit integers are stored with 8 added (0 … 15).
 
-Scales and zero points are (padded rows, groups), row by row like the weight itself.
+Scales and zero points are (groups, padded rows): those of neighbouring rows are neighbours.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PLANES = 8
 INNER = 128
-"""What the number of inputs of 8-bit codes is padded to."""
+"""What the number of inputs of 8-bit codes in plain rows is padded to."""
 ROWS = 128
 """What the number of rows is padded to."""
 
@@ -36,31 +35,34 @@ def padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def pack_words(codes: Tensor, lanes: int) -> Tensor:
-    """Codes 0 … 15 (rows, inputs) as words: int32 (blocks, padded rows, lanes)."""
+def pack_units(codes: Tensor, lanes: int, bits: int, unit: int) -> Tensor:
+    """Codes of `bits` bits (rows, inputs), not negative, in units of 8 or 16 bits: uint8 or int16
+    (blocks, padded rows, lanes)."""
     rows, width = codes.shape
-    block = PLANES * lanes
+    planes = unit // bits
     full = torch.nn.functional.pad(
-        codes.to(torch.int32), (0, -width % block, 0, padded(rows, ROWS) - rows)
+        codes.to(torch.int32), (0, -width % (planes * lanes), 0, padded(rows, ROWS) - rows)
     )
-    planes = full.reshape(full.shape[0], -1, PLANES, lanes).movedim(2, 0)
-    words = torch.zeros_like(planes[0])
-    for j in range(PLANES):
-        words |= planes[j] << (4 * j)
-    return words.movedim(1, 0).contiguous()
+    split = full.reshape(full.shape[0], -1, planes, lanes).movedim(2, 0)
+    units = torch.zeros_like(split[0])
+    for j in range(planes):
+        units |= split[j] << (bits * j)
+    return units.to(torch.uint8 if unit == 8 else torch.int16).movedim(1, 0).contiguous()
 
 
-def unpack_words(words: Tensor, rows: int, width: int) -> Tensor:
-    """The inverse of `pack_words`: int32 (rows, width)."""
-    planes = torch.stack([(words >> (4 * j)) & 15 for j in range(PLANES)], 2)
-    return planes.movedim(1, 0).flatten(1)[:rows, :width].contiguous()
+def unpack_units(units: Tensor, rows: int, width: int, bits: int) -> Tensor:
+    """The inverse of `pack_units`: int32 (rows, width)."""
+    planes = 8 * units.element_size() // bits
+    wide, mask = units.to(torch.int32), (1 << bits) - 1
+    split = torch.stack([(wide >> (bits * j)) & mask for j in range(planes)], 2)
+    return split.movedim(1, 0).flatten(1)[:rows, :width].contiguous()
 
 
 def pack_scales(scale: Tensor, rows: int, groups: int) -> Tensor:
-    """Scales (rows or 1, groups or 1) as (padded rows, groups), zeros behind the end; float16 where
+    """Scales (rows or 1, groups or 1) as (groups, padded rows), zeros behind the end; float16 where
     it holds them exactly."""
     pad = (0, groups - scale.shape[1], 0, padded(rows, ROWS) - rows)
-    full = torch.nn.functional.pad(scale.float().expand(rows, -1), pad).contiguous()
+    full = torch.nn.functional.pad(scale.float().expand(rows, -1), pad).t().contiguous()
     half = full.half()
     return half if torch.equal(half.float(), full) else full
 

@@ -10,6 +10,7 @@ Layers that read one activation, as queries, keys and values do, share its round
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,7 +83,10 @@ class LowerLinear(Pass):
         if not found:
             return None, "; ".join([f"no kernel for {scheme}", *words])
         dtype = site.node.meta["val"].dtype
-        measured = times(found, scheme, stored, dtype) if len(found) > 1 else {}
+        measured: Mapping[str, float] = {}
+        if len(found) > 1:
+            shape = tuple(stored.data.shape)
+            measured = times(found, scheme, shape, dtype, lambda k: prepared(k, stored, site))
         best = min(found, key=lambda k: measured.get(k.name, 0.0))
         ratio = measured["float"] / measured[best.name] if "float" in measured else 1.0
         first = (
@@ -137,7 +141,7 @@ class Rows:
     def __init__(self, edit: Edit) -> None:
         self._edit = edit
         self._known: dict[tuple[fx.Node, fx.Node | None, bool], tuple[fx.Node, fx.Node]] = {}
-        self._factors: dict[int, tuple[fx.Node | None, fx.Node] | None] = {}
+        self._factors: dict[int, fx.Node | None] = {}
 
     def of(self, site: Site, fp8: bool) -> tuple[fx.Node, fx.Node]:
         """Codes and scales of the site's input as its `fake_quantize` rounds it."""
@@ -156,23 +160,20 @@ class Rows:
         alone = all(u.target is qc.fake_quantize.default for u in source.users)
         if source.target is qc.hadamard.default and alone:
             x = source.args[0]
-            if factors := self._hadamard(int(x.meta["val"].shape[-1]), like):
-                return call(ops.turn_rows.default, x, *factors, scale, fp8, like=like)
+            if factor := self._hadamard(int(x.meta["val"].shape[-1]), like):
+                return call(ops.turn_rows.default, x, factor, scale, fp8, like=like)
         return call(ops.round_rows.default, source, scale, fp8, like=like)
 
-    def _hadamard(self, n: int, like: fx.Node) -> tuple[fx.Node | None, fx.Node] | None:
+    def _hadamard(self, n: int, like: fx.Node) -> fx.Node | None:
         if n not in self._factors:
-            from qcompiler.backends.triton.hadamard import factors
+            from qcompiler.backends.triton.hadamard import factor
 
-            found = factors(n)
-            if isinstance(found, str):
-                self._factors[n] = None
-            else:
-                left, right = (
-                    None if h is None else self._edit.new_param(f"hadamard{n}.{side}", h, like=like)
-                    for side, h in zip(("left", "right"), found, strict=True)
-                )
-                self._factors[n] = left, right
+            found = factor(n)
+            self._factors[n] = (
+                None
+                if isinstance(found, str)
+                else self._edit.new_param(f"hadamard{n}", found, like=like)
+            )
         return self._factors[n]
 
 

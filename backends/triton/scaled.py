@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.backends.triton.codes import cast
+from qcompiler.backends.triton.codes import PLAIN, cast
 from qcompiler.backends.triton.operators import operator, rows_of
+from qcompiler.backends.triton.products import few, may_start_early
 from qcompiler.backends.triton.runtime import capability, processors
 from qcompiler.backends.triton.tune import Config, best, bucket
 
+FEW_LANES = 128
+"""Inputs that one product of `few` sums over."""
 BAND = 8
 """Tiles of tokens that are computed one after another, so that weights are in cache."""
 
@@ -45,7 +48,7 @@ def _finish(
     tl.store(at, cast(out, y.dtype.element_ty), mask=(m < tokens)[:, None] & (n < rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _pointers(
     x, x_scale, weight, scale, bias, y, tokens, width, rows,
     SUM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
@@ -65,7 +68,7 @@ def _pointers(
     _finish(acc, x_scale, scale, bias, y, m0, n0, tokens, rows, TOKENS, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _descriptors(
     x, x_scale, weight, scale, bias, y, tokens, width, rows, padded,
     SUM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
@@ -95,7 +98,7 @@ def linear_scaled(
     rows: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Codes x (…, padded inputs) with scales (…, 1) as `round_rows` makes them, codes weight
-    (padded rows, padded inputs), both int8 or e4m3 bits in uint8, scale (rows,) float32 →
+    (padded rows, padded inputs), both int8 or e4m3 bits in uint8, scale (padded rows,) float32 →
     (…, rows) of `dtype`."""
     flat, y = rows_of(x), x.new_empty((*x.shape[:-1], rows), dtype=dtype)
     if flat.shape[0] == 0:
@@ -120,7 +123,19 @@ def launch(
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     wrap = torch.library.wrap_triton
-    if config.descriptors:
+    if config.apart:
+        blocks = width // FEW_LANES
+        even = blocks % config.warps == 0
+        early = even and may_start_early(weight)
+        wrap(few)[(triton.cdiv(rows, config.rows), triton.cdiv(tokens, config.tokens), 1)](
+            x, x_scale, weight, scale, None, bias, y,
+            tokens, width, rows, 0, FEW_LANES, width, blocks, triton.cdiv(blocks, config.warps)
+            * config.warps, SPAN=blocks, SHARED=1, PLANES=1, LANES=FEW_LANES, KIND=PLAIN.value,
+            ZERO=0, EVEN=even, DTYPE=tl.int8, ROWS=config.rows, TOKENS=config.tokens,
+            WARPS=config.warps, EARLY=early, num_warps=config.warps, num_stages=config.stages,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+    elif config.descriptors:
         triton.set_allocator(
             lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=x.device)
         )
@@ -134,22 +149,28 @@ def launch(
 
 
 def candidates(x: Tensor) -> list[Config]:
-    """Rows, tokens, inputs of a tile; those with descriptors on Hopper and later only."""
+    """The first fits every GPU; those with descriptors are for Hopper and later ones."""
     tokens = x.shape[0]
     if tokens <= 16:
+        wide = 1 if tokens == 1 else max(8, bucket(tokens))
+        apart = [
+            Config(rows, wide, FEW_LANES, warps=warps, stages=stages, apart=True)
+            for rows, warps, stages in ((16, 4, 3), (16, 8, 2), (16, 8, 3), (32, 4, 3), (32, 8, 3))
+        ]
         return [
             Config(64, 16, 128, stages=4),
             Config(32, 16, 128, warps=2, stages=5),
-            Config(128, 16, 128, stages=4),
+            *(apart if x.dtype == torch.int8 else ()),
         ]
     if tokens <= 64:
         return [Config(64, 64, 128, stages=4), Config(128, 64, 128, stages=4)]
     plain = [Config(128, 128, 128, warps=8, stages=3), Config(256, 128, 64, warps=8, stages=4)]
+    plain.append(Config(128, 128, 128, warps=4, stages=3))
     if capability(x.device)[0] < 9:
         return plain
     return [
+        *plain,
         Config(256, 128, 128, warps=8, stages=3, descriptors=True),
         Config(256, 128, 128, warps=8, stages=4, descriptors=True),
-        Config(128, 128, 128, warps=8, stages=4, descriptors=True),
-        *plain,
+        Config(128, 256, 128, warps=8, stages=4, descriptors=True),
     ]

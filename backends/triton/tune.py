@@ -1,7 +1,7 @@
 """Which tile sizes a launch gets: the fastest of a few candidates on this GPU, remembered.
 
 Measured once for each device, kernel and shape (tokens in powers of two), by CUDA events with the
-L2 cache emptied before each run, as the weights of a network find it; the answer is kept in the
+L2 cache emptied before each run, as the weights of a network find it; the times are kept in the
 user's cache folder. Where nothing can be measured (in the interpreter, in a trace, while a CUDA
 graph is captured) the answer that is known serves, else the first candidate.
 """
@@ -41,6 +41,14 @@ class Config:
     stages: int = 3
     descriptors: bool = False
     """Whether tiles are loaded by the tensor memory accelerator (Hopper)."""
+    apart: bool = False
+    """Whether each warp sums over inputs of its own."""
+
+    def __str__(self) -> str:
+        words = [f"{self.rows}x{self.tokens}x{self.inner}", f"{self.split} parts"]
+        words += [f"{self.warps} warps", f"{self.stages} stages"]
+        flags = {"descriptors": self.descriptors, "apart": self.apart}
+        return " ".join(words + [name for name, on in flags.items() if on])
 
 
 def bucket(tokens: int) -> int:
@@ -57,15 +65,18 @@ def best(
         return first
     cache = _cache(torch.cuda.get_device_name(weight.device))
     known = cache.get(key)
-    if isinstance(known, int) and known < len(candidates):
-        return candidates[known]
-    traced = type(weight) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
-    if traced or torch.cuda.is_current_stream_capturing() or len(candidates) == 1:
+    if isinstance(known, dict) and set(known) == set(map(str, candidates)):
+        return min(candidates, key=lambda c: known[str(c)])
+    if traced(weight) or torch.cuda.is_current_stream_capturing() or len(candidates) == 1:
         return first
-    times = [seconds(lambda c=c: run(c)) for c in candidates]  # type: ignore[misc]
-    found = min(range(len(times)), key=times.__getitem__)
-    cache.put(key, found)
-    return candidates[found]
+    times = {str(c): seconds(lambda c=c: run(c)) for c in candidates}  # type: ignore[misc]
+    cache.put(key, times)
+    return min(candidates, key=lambda c: times[str(c)])
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a compiler looks at a launch, rather than that it runs."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
 
 
 def remembered(key: str, measure: Callable[[], float]) -> float:
@@ -108,5 +119,5 @@ def _too_large(error: Exception) -> bool:
 def _cache(device: str) -> Cache:
     import triton
 
-    about = {"gpu": device, "triton": triton.__version__, "layout": "1"}
+    about = {"gpu": device, "triton": triton.__version__, "layout": "2"}
     return Cache(cache_folder("triton"), about)

@@ -12,8 +12,9 @@ from qcompiler.backends.triton import layout
 from qcompiler.formats import QTensor
 from qcompiler.formats.grid import block_range
 
-SHORT_LANES, LANES = 16, 32
-"""Lanes of 4-bit words: for products of 16-bit numbers, and of int8."""
+LANES = (64, 32, 16)
+"""Inputs that one product sums over, and that share a scale: as many of them as a group allows."""
+BITS = {"int4": 4, "fp4": 4, "int8": 8, "e4m3": 8}
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Weight:
     rows: int
     group: int = 0
     """Inputs with one scale."""
-    fp4: bool = False
+    kind: str = ""
+    """What its units hold, as `codes.py` names it."""
 
 
 def group_of(q: QTensor) -> int | None:
@@ -35,22 +37,41 @@ def group_of(q: QTensor) -> int | None:
     return block[0] if len(block) == 1 else None
 
 
-def words(q: QTensor, lanes: int) -> Weight:
-    rows = int(q.data.shape[0])
-    fp4 = not q.format.is_integer
-    shift = 8 if q.format.signed and not fp4 else 0
-    packed = layout.pack_words(q.data.int() + shift & 15, lanes)
-    inner = packed.shape[0] * layout.PLANES * lanes
-    group = group_of(q) or inner
+def units(q: QTensor, unit: int) -> Weight:
+    """4- and 8-bit codes in units of 8 or 16 bits."""
+    rows, kind = int(q.data.shape[0]), kind_of(q)
+    group = group_of(q) or 0
+    lanes = next(n for n in LANES if group % n == 0)
+    codes, shift = _codes(q, kind)
+    packed = layout.pack_units(codes, lanes, BITS[kind], unit)
+    inner = packed.shape[0] * lanes * unit // BITS[kind]
+    group = group or inner
     groups = -(-inner // group)
-    scale = layout.pack_scales(_silenced(q), rows, groups)
-    tensors = {"words": packed, "scale": scale}
-    zero = q.zero if q.zero is not None or shift or fp4 else torch.zeros_like(q.scale)
-    if zero is not None:
-        moved = layout.pack_scales(_sides(zero.float() + shift, rows), rows, groups)
-        whole = torch.equal(moved, moved.round()) and moved.min() >= 0 and moved.max() <= 255
+    tensors = {"units": packed, "scale": layout.pack_scales(_silenced(q), rows, groups)}
+    # Codes of int4 stand for numbers from -8 on, so that these need no zero point.
+    if q.zero is not None or shift != (8 if kind == "int4" else 0):
+        zero = torch.zeros_like(q.scale) if q.zero is None else q.zero.float()
+        moved = layout.pack_scales(_sides(zero + shift, rows), rows, groups)
+        whole = torch.equal(moved, moved.round()) and moved.min() >= 0 and moved.max() <= 127
         tensors["zero"] = moved.to(torch.uint8) if whole else moved
-    return Weight(tensors, rows, group, fp4)
+    return Weight(tensors, rows, group, kind)
+
+
+def kind_of(q: QTensor) -> str:
+    """What its codes stand for, as `codes.py` names it."""
+    if q.format.is_integer:
+        return "int4" if q.format.bits <= 4 else "int8"
+    return "fp4" if q.format.bits <= 4 else "e4m3"
+
+
+def _codes(q: QTensor, kind: str) -> tuple[Tensor, int]:
+    """Codes as bits, not negative, and what has been added to the numbers that they stand for."""
+    data = q.data.int()
+    if kind == "int4":
+        shift = 8 if q.format.signed else 0
+        return data + shift & 15, shift
+    shift = -128 if kind == "int8" and not q.format.signed else 0
+    return data + shift & 255, shift
 
 
 def _silenced(q: QTensor) -> Tensor:
@@ -66,28 +87,9 @@ def _sides(scale: Tensor, rows: int) -> Tensor:
     return scale.reshape(1, 1) if scale.numel() == 1 else scale.reshape(rows, -1)
 
 
-def _codes(q: QTensor) -> tuple[Tensor, int]:
-    """8-bit codes in int8, or e4m3's bits in uint8, and what has been added to them."""
-    if not q.format.is_integer:
-        return (q.data.int() & 255).to(torch.uint8), 0
-    shift = 0 if q.format.signed else -128
-    return (q.data.int() + shift).to(torch.int8), shift
-
-
-def octets(q: QTensor) -> Weight:
-    rows = int(q.data.shape[0])
-    codes, shift = _codes(q)
-    weight = layout.pack_rows(codes)
-    group = group_of(q) or 0
-    groups = -(-weight.shape[1] // group) if group else 1
-    tensors = {"weight": weight, "scale": layout.pack_scales(_sides(q.scale, rows), rows, groups)}
-    zero = q.zero if q.zero is not None or not shift else torch.zeros_like(q.scale)
-    if zero is not None:
-        tensors["zero"] = layout.pack_scales(_sides(zero.float() + shift, rows), rows, groups)
-    return Weight(tensors, rows, group)
-
-
 def plain_octets(q: QTensor) -> Weight:
     rows = int(q.data.shape[0])
-    scale = q.scale.reshape(-1).float().expand(rows).contiguous()
-    return Weight({"weight": layout.pack_rows(_codes(q)[0]), "scale": scale}, rows)
+    pad = layout.padded(rows, layout.ROWS) - rows
+    scale = torch.nn.functional.pad(q.scale.reshape(-1).float().expand(rows), (0, pad))
+    codes = q.data.to(torch.int8) if q.format.is_integer else (q.data.int() & 255).to(torch.uint8)
+    return Weight({"weight": layout.pack_rows(codes), "scale": scale}, rows)

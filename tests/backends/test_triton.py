@@ -28,12 +28,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from qcompiler.backends.triton import (  # noqa: E402
     attention,
     hadamard,
+    products,
     rows,
     scaled,
     split,
-    w4a8,
-    w4a16,
-    w8a16,
 )
 
 
@@ -50,48 +48,55 @@ def test_every_kernel_in_the_interpreter(part: str) -> None:
     assert " passed" in done.stdout
 
 
-POINTERS = {"x": "*bf16", "y": "*bf16", "words": "*i32", "scale": "*fp16", "weight": "*i8"}
+POINTERS = {"x": "*bf16", "y": "*bf16", "units": "*i16", "scale": "*fp16", "weight": "*i8"}
 POINTERS |= dict.fromkeys(("parts", "x_scale", "scales", "k_scale", "v_scale"), "*fp32")
 POINTERS |= dict.fromkeys(("out", "peak", "mass", "cos", "sin"), "*fp32")
 POINTERS |= dict.fromkeys(("codes", "keys", "values", "left", "right"), "*i8")
 POINTERS |= {"q": "*bf16", "lengths": "*i32", "norm": "fp32", "zero": "*u8", "bias": "*bf16"}
-GROUPED = {"SPAN": 8, "SHARED": 8, "LANES": 16}
-EIGHT = {"FP8": False, "GROUP": 128, "ROWS": 64}
-TILE = {"EVEN": True, "DTYPE": tl.bfloat16, "TOKENS": 16}
+GROUPED = {"SPAN": 2, "SHARED": 2, "PLANES": 4, "LANES": 64, "EVEN": True, "EARLY": False}
+SHORT = GROUPED | {"DTYPE": tl.bfloat16, "x_scale": None}
+BYTES = GROUPED | {"PLANES": 2, "DTYPE": tl.int8, "x": "*i8", "units": "*u8", "KIND": 0}
+FEW = {"ROWS": 32, "TOKENS": 1, "WARPS": 4}
+MANY = {"ROWS": 64, "TOKENS": 64}
+PLAIN = {"ZERO": 0, "zero": None}
 PRODUCT = {"SUM": tl.int32, "TOKENS": 64, "ROWS": 64, "INNER": 64, "BAND": 8, "bias": None}
-HEAD = {"GROUP": 4, "QUERIES": 16, "D": 128, "HALF": 64, "TILE": 64, "FP8": False}
+HEAD = {"GROUP": 4, "QUERIES": 16, "D": 128, "WIDE": 128, "TILE": 64, "V_TOKEN": True}
+HEAD |= {"DTYPE": tl.bfloat16}
+ROTATED = {"FP8": False, "given": None}
+STRAIGHT = {"cos": None, "sin": None}
 KERNELS = {
-    "w4a16 gemv": (w4a16._gemv, GROUPED | {"KIND": 0, "ZERO": True, "ROWS": 8, "WORDS": 512}),
-    "w4a16 tiles": (
-        w4a16._tiles,
-        GROUPED | TILE | {"KIND": 0, "ZERO": False, "ROWS": 64, "zero": None},
+    "int4, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 0}),
+    "int4 with zero points": (products.few, SHORT | FEW | {"KIND": 0, "ZERO": 1}),
+    "int4 with any zero points": (
+        products.few,
+        SHORT | FEW | {"KIND": 0, "ZERO": 2, "zero": "*fp16", "EVEN": False},
     ),
-    "fp4 tiles": (
-        w4a16._tiles,
-        GROUPED | TILE | {"KIND": 1, "ZERO": False, "ROWS": 64, "zero": None},
+    "int4, tiles": (products.many, SHORT | MANY | PLAIN | {"KIND": 0}),
+    "fp4, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 1}),
+    "fp4 with float16": (
+        products.few,
+        SHORT | FEW | PLAIN | {"KIND": 1, "DTYPE": tl.float16, "x": "*fp16"},
     ),
-    "w8a16 gemv": (w8a16._gemv, EIGHT | {"STEP": 1024, "ROWS": 4, "zero": None}),
-    "w8a16 tiles": (w8a16._tiles, EIGHT | TILE | {"STEP": 128, "zero": None}),
-    "w4a8 tiles": (
-        w4a8._tiles,
-        {"SPAN": 4, "SHARED": 4, "LANES": 32, "EVEN": True, "ROWS": 64, "TOKENS": 16, "x": "*i8"},
-    ),
+    "int8, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 2, "PLANES": 2}),
+    "e4m3, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 3, "PLANES": 2}),
+    "int4 and int8": (products.few, BYTES | FEW | PLAIN),
+    "int4 with zero points and int8": (products.many, BYTES | MANY | {"ZERO": 1}),
+    "started early": (products.few, SHORT | FEW | PLAIN | {"KIND": 0, "EARLY": True}),
     "int8 pointers": (scaled._pointers, PRODUCT | {"x": "*i8", "scale": "*fp32"}),
     "int8 descriptors": (scaled._descriptors, PRODUCT | {"x": "*i8", "scale": "*fp32"}),
     "rounding to int8": (rows._round, {"FP8": False, "BLOCK": 4096, "given": None}),
     "rounding to e4m3": (rows._round, {"FP8": True, "BLOCK": 4096, "given": None, "codes": "*u8"}),
     "hadamard": (
         hadamard._long,
-        {"A": 64, "B": 64, "WIDE": 64, "FP8": False, "PAD": 128, "LOOP": True, "given": None},
+        ROTATED | {"A": 256, "B": 28, "WIDE": 32, "PAD": 128, "WARPS": 2, "OUTER": 2},
     ),
     "short hadamard": (
         hadamard._short,
-        {"ROWS": 16, "B": 64, "WIDE": 64, "FP8": False, "given": None},
+        ROTATED | {"ROWS": 16, "B": 64, "WIDE": 64},
     ),
-    "attention": (
-        attention._parts,
-        HEAD | {"K_TOKEN": False, "V_TOKEN": True, "DTYPE": tl.bfloat16},
-    ),
+    "attention": (attention._parts, HEAD | STRAIGHT | {"K_TOKEN": True, "FP8": False}),
+    "attention, e4m3": (attention._parts, HEAD | STRAIGHT | {"K_TOKEN": False, "FP8": True}),
+    "attention, keys to turn": (attention._parts, HEAD | {"K_TOKEN": False, "FP8": False}),
     "sums of attention": (attention._merge, {"D": 128, "PIECES": 16, "WIDE": 128}),
     "sums of parts": (split._add, {"PARTS": 4, "BLOCK": 1024}),
 }
@@ -110,7 +115,14 @@ def compiled(kernel: object, given: dict[str, object], capability: int) -> objec
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 
-OLD = ("w4a16 gemv", "w4a16 tiles", "w4a8 tiles", "int8 pointers", "rounding to e4m3", "attention")
+OLD = (
+    "int4, one token",
+    "int4, tiles",
+    "int4 and int8",
+    "int8 pointers",
+    "attention",
+    "attention, e4m3",
+)
 """Kernels that are compiled for an A100 too."""
 
 
@@ -124,7 +136,7 @@ def test_it_compiles_for_a_gpu(name: str, capability: int) -> None:
 def test_products_use_the_tensor_cores() -> None:
     fp8 = PRODUCT | {"SUM": tl.float32, "x": "*fp8e4nv", "weight": "*fp8e4nv", "scale": "*fp32"}
     for kernel, given, instruction in (
-        (*KERNELS["w4a16 tiles"], "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"),
+        (*KERNELS["int4, tiles"], "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"),
         (*KERNELS["int8 descriptors"], "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8"),
         (scaled._descriptors, fp8, "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"),
     ):

@@ -32,8 +32,8 @@ if reason := unavailable():
 
 load_operators()
 
-from qcompiler.backends.triton import scaled, w4a8, w4a16, w8a16  # noqa: E402
-from qcompiler.backends.triton.hadamard import factors  # noqa: E402
+from qcompiler.backends.triton import attention, decoded, scaled  # noqa: E402
+from qcompiler.backends.triton.hadamard import factor  # noqa: E402
 from qcompiler.backends.triton.tune import Config  # noqa: E402
 
 OPS = torch.ops.qc_triton
@@ -197,12 +197,11 @@ def test_integer_sums_are_exact(name: str) -> None:
 
 def config_cases() -> list[tuple[str, Config]]:
     """Every way of dividing the work that the tuner may choose."""
-    modules = {"w4a16": w4a16, "w8a16": w8a16, "w4a8": w4a8}
     made = [
-        (name, replace(c, stages=1, warps=4))
-        for name, module in modules.items()
+        (name, replace(c, stages=1, warps=min(c.warps, 4)))
+        for name in ("w4a16", "w8a16", "w4a8")
         for tokens in (1, 9, 50, 300)
-        for c in module.candidates(torch.empty(tokens, 1))
+        for c in decoded.candidates(tokens)
     ]
     return list(dict.fromkeys(made))
 
@@ -210,31 +209,38 @@ def config_cases() -> list[tuple[str, Config]]:
 @pytest.mark.parametrize(("name", "config"), config_cases(), ids=str)
 def test_every_tile_size(name: str, config: Config) -> None:
     """Sums in parts, tiles larger than the matrix, rows that end inside a tile."""
-    q = nearest(
-        torch.randn(150, 700), QFormat.parse("int8:channel" if name == "w8a16" else "int4:group64")
-    )
+    fmt = QFormat.parse("int8:channel" if name == "w8a16" else "int4:group64")
+    q = nearest(torch.randn(150, 700), fmt)
     weight = KERNELS[name].prepare(q)
     t = {k: v.to(device()) for k, v in weight.tensors.items()}
     x, bias = short(1 if config.tokens == 1 else 3, 700), torch.randn(150)
     wanted = x.double() @ q.dequantize(torch.float64).t() + bias
-    x, bias = x.to(device()), bias.to(device())
-    if name == "w4a16":
-        y = w4a16.launch(config, x, t["words"], t["scale"], None, bias, 64, 150, False)
-    elif name == "w8a16":
-        y = w8a16.launch(config, x, t["weight"], t["scale"], None, bias, 0, 150)
-    else:
-        codes, scales = OPS.round_rows(x, None, False)
-        wanted = (codes.cpu()[:, :700] * scales.cpu()).double() @ q.dequantize(torch.float64).t()
-        y = w4a8.launch(config, codes, scales, t["words"], t["scale"], None, None, 64, 150, x.dtype)
+    given, scales = x.to(device(), torch.bfloat16), None
+    if name == "w4a8":
+        given, scales = OPS.round_rows(x.to(device()), None, False)
+        wanted = (given.cpu()[:, :700] * scales.cpu()).double() @ q.dequantize(torch.float64).t()
+        wanted += bias
+    sides = (t["units"], t["scale"], None, bias.to(device()), weight.group, 150, weight.kind)
+    y = decoded.launch(config, given, scales, *sides, x.dtype)
     assert error(y, wanted) < CLOSE
 
 
+PRODUCTS = {
+    "pointers": Config(64, 64, 64),
+    "descriptors": Config(64, 64, 64, descriptors=True),
+    "apart": Config(16, 8, 128, warps=4, stages=1, apart=True),
+}
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_products_of_codes(kind: str, descriptors: bool) -> None:
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_products_of_codes(kind: str, form: str) -> None:
+    config = PRODUCTS[form]
+    if config.apart and kind != "int8":
+        pytest.skip("e4m3 has no such form")
     if reason := KERNELS["fp8" if kind != "int8" else "w8a8"].missing():
         pytest.skip(reason)
-    if descriptors and device().type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+    if config.descriptors and device().type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("descriptors need a GPU of compute capability 9.0")
     fp8 = kind != "int8"
     q = nearest(torch.randn(140, 300), QFormat.parse(f"{kind}:channel"))
@@ -244,7 +250,6 @@ def test_products_of_codes(kind: str, descriptors: bool) -> None:
     wanted = wanted @ q.dequantize(torch.float64).t()
     view = torch.float8_e4m3fn if fp8 else torch.int8
     y = torch.empty(70, 140, device=device())
-    config = Config(64, 64, 64, descriptors=descriptors)
     codes, w = codes.view(view), weight["weight"].to(device()).view(view)
     scaled.launch(config, codes, scales, w, weight["scale"].to(device()), None, y, 140)
     assert error(y, wanted) < (IN_FLIGHT if fp8 else CLOSE)
@@ -258,6 +263,7 @@ def test_products_of_codes(kind: str, descriptors: bool) -> None:
 def test_codes_are_those_of_the_reference(kind: str, width: int) -> None:
     x = torch.randn(6, width) * torch.tensor([1e-30, 1.0, 0.0, 300.0, 1e30, -1.0])[:, None]
     x[1] = torch.arange(width) / 2 - 3  # halves: ties between two codes
+    x[:, 1:2] = -0.0
     grid = Grid.fit(x, QFormat.parse(f"{kind}:token:dynamic"))
     codes, scales = OPS.round_rows(x.to(device()), None, kind != "int8")
     assert torch.equal(codes[:, :width].cpu().int(), grid.codes(x).int())
@@ -265,9 +271,32 @@ def test_codes_are_those_of_the_reference(kind: str, width: int) -> None:
     assert codes.shape[1] % layout.INNER == 0 and not codes[:, width:].any()
 
 
+def e4m3() -> Tensor:
+    return torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+def test_quotients_beside_ties(kind: str, given: bool) -> None:
+    """Ties of random scales and their neighbours, where the quotient's last bit decides."""
+    numbers = torch.arange(128).float() if kind == "int8" else e4m3()
+    exponents = torch.zeros(1, 1).int() if given else torch.randint(-116, 110, (400, 1))
+    largest = torch.ldexp(torch.rand(exponents.shape).add(1), exponents)
+    s = largest / numbers[-1]
+    ties = (numbers[1:] + numbers[:-1]) / 2 * s
+    near = [ties, ties.nextafter(0 * ties), ties.nextafter(2 * ties)]
+    x = torch.cat([*near, -near[1], largest], 1)
+    if given:
+        x = torch.cat([x, 3 * x, 1e30 * x, -1e30 * x], 1)
+    grid = Grid(QFormat.parse(f"{kind}:token:dynamic"), s)
+    scale = s.reshape(1).to(device()) if given else None
+    codes, _ = OPS.round_rows(x.to(device()), scale, kind != "int8")
+    assert torch.equal(codes[:, : x.shape[1]].cpu().int(), grid.codes(x).int())
+
+
 def test_e4m3_by_integers_is_torch_s() -> None:
     """Every number of e4m3, those half way between two, and their neighbours."""
-    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = e4m3()
     middle = (values[1:] + values[:-1]) / 2
     x = torch.cat([values, middle, middle.nextafter(values[1:]), middle.nextafter(values[:-1])])
     x = torch.cat([x, -x])[None]
@@ -275,15 +304,14 @@ def test_e4m3_by_integers_is_torch_s() -> None:
     assert torch.equal(codes[0, : x.shape[1]].cpu(), x[0].to(torch.float8_e4m3fn).view(torch.uint8))
 
 
-@pytest.mark.parametrize("n", [12, 16, 40, 64, 256, 320, 704, 1024, 3072])
+@pytest.mark.parametrize("n", [12, 16, 40, 160, 256, 320, 704, 1024, 3072, 14336])
 @pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hadamard(n: int, kind: str, dtype: torch.dtype) -> None:
     x = torch.randn(3, n).to(dtype)
-    found = factors(n)
-    assert not isinstance(found, str)
-    left, right = (None if h is None else h.to(device()) for h in found)
-    codes, scales = OPS.turn_rows(x.to(device()), left, right, None, kind != "int8")
+    right = factor(n)
+    assert not isinstance(right, str)
+    codes, scales = OPS.turn_rows(x.to(device()), right.to(device()), None, kind != "int8")
     y = x.double() @ hadamard(n).t() / math.sqrt(n)
     grid = Grid.fit(y, QFormat.parse(f"{kind}:token:dynamic"))
     numbers = grid.decode(
@@ -295,9 +323,24 @@ def test_hadamard(n: int, kind: str, dtype: torch.dtype) -> None:
     assert not codes[:, n:].any()
 
 
+@pytest.mark.parametrize("n", [40, 1024])
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+def test_hadamard_with_one_scale(n: int, kind: str) -> None:
+    """Numbers beyond the largest code become it."""
+    x, scale = torch.randn(3, n), torch.tensor([1e-2 if kind == "int8" else 3e-3])
+    right = factor(n).to(device())
+    codes, scales = OPS.turn_rows(x.to(device()), right, scale.to(device()), kind != "int8")
+    codes = codes[:, :n].cpu()
+    assert (codes == (127 if kind == "int8" else 126)).any()
+    grid = Grid(QFormat.parse(f"{kind}:token:dynamic"), scale.expand(3, 1))
+    numbers = grid.decode(codes.int() if kind == "int8" else codes, torch.float64)
+    assert error(numbers, grid.round(x.double() @ hadamard(n).t() / math.sqrt(n))) < 5e-3
+    assert torch.equal(scales.cpu(), scale.expand(3, 1))
+
+
 def test_sizes_without_a_transform_say_so() -> None:
-    assert "no Hadamard matrix" in str(factors(92))
-    assert "factors" in str(factors(2**17))
+    assert "no Hadamard matrix" in str(factor(92))
+    assert "factors" in str(factor(2**17))
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -307,12 +350,20 @@ CACHES = list(
 )
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Softmax in float64 on the numbers of a cache."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("bhd,bhtd->bht", q.double(), k) / math.sqrt(q.shape[-1])
+    hidden = torch.arange(k.shape[2]) >= lengths[:, None, None]
+    p = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bht,bhtd->bhd", p, v)
+
+
 @pytest.mark.parametrize(("kind", "k_by", "v_by", "turned"), CACHES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 4, 2, 70, 16), (3, 6, 1, 129, 40)], ids=str)
 def test_attention(
     kind: str, k_by: str, v_by: str, turned: bool, shape: tuple[int, int, int, int, int]
 ) -> None:
-    """Against softmax in float64 on what the cache's codes stand for."""
     sequences, queries, heads, capacity, d = shape
     q = short(sequences, queries, d)
     lengths = torch.tensor([capacity, 3, 0][:sequences], dtype=torch.int32)
@@ -330,33 +381,49 @@ def test_attention(
     k, v = numbers
     if turned:
         k = rope(k, tables[0].double(), tables[1].double())
-    k, v = (t.repeat_interleave(queries // heads, 1) for t in (k, v))
-    scores = torch.einsum("bhd,bhtd->bht", q.double(), k) / math.sqrt(d)
-    hidden = torch.arange(capacity) >= lengths[:, None, None]
-    p = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
-    wanted = torch.einsum("bht,bhtd->bhd", p, v)
+    wanted = attended(q, k, v, lengths)
     given = (q, codes[0], codes[1], scales[0], scales[1], lengths, *tables)
     given = [None if t is None else t.to(device()) for t in given]
     found = OPS.decode_attention(*given)
     assert error(found, wanted) < (1e-2 if turned else 5e-3)  # p, and turned keys, in 16 bits
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+def test_attention_in_any_pieces(kind: str, dtype: torch.dtype) -> None:
+    """Every way of dividing the work that the tuner may choose, and pieces without a token."""
+    x, lengths = torch.randn(2, 1, 2, 300, 32), torch.tensor([300], dtype=torch.int32)
+    grids = [Grid.fit(t, QFormat.parse(f"{kind}:channel")) for t in x]
+    codes = [
+        grid.codes(t).to(torch.int8 if kind == "int8" else torch.uint8)
+        for grid, t in zip(grids, x, strict=True)
+    ]
+    q = torch.randn(1, 10, 32).to(dtype)
+    numbers = (grid.decode(c, torch.float64) for grid, c in zip(grids, codes, strict=True))
+    wanted = attended(q, *numbers, lengths)
+    made = attention.candidates(codes[0])
+    given = (q, *codes, *(grid.scale for grid in grids), lengths)
+    given = [t.to(device()) for t in given]
+    for config in [*made, *(replace(c, split=7) for c in made)]:
+        assert error(attention.launch(config, *given, None, None), wanted) < 5e-3
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lanes", [16, 32])
+@pytest.mark.parametrize(("bits", "unit"), [(4, 16), (8, 16), (4, 8)])
 @pytest.mark.parametrize("shape", [(1, 1), (20, 100), (129, 257), (128, 256)], ids=str)
-def test_words_come_back(lanes: int, shape: tuple[int, int]) -> None:
-    codes = torch.randint(0, 16, shape, dtype=torch.int32)
-    words = layout.pack_words(codes, lanes)
-    assert words.shape[1] % layout.ROWS == 0 and words.shape[2] == lanes
-    assert torch.equal(layout.unpack_words(words, *shape), codes)
+def test_units_come_back(bits: int, unit: int, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.int32)
+    units = layout.pack_units(codes, 32, bits, unit)
+    assert units.shape[1] % layout.ROWS == 0 and units.shape[2] == 32
+    assert torch.equal(layout.unpack_units(units, *shape, bits), codes)
 
 
 def test_the_picture_of_the_layout_is_right() -> None:
-    codes = torch.arange(256)[None] // 16 % 16  # k // 16, so that plane j holds j and j + 8
-    word = layout.pack_words(codes, 16)[0, 0, 0].item()
-    assert [(word >> 4 * j) & 15 for j in range(8)] == list(range(8))
+    codes = torch.arange(256)[None] // 64  # the plane of each input
+    unit = layout.pack_units(codes, 64, 4, 16)[0, 0, 5].item()
+    assert [(unit >> 4 * j) & 15 for j in range(4)] == [0, 1, 2, 3]
 
 
 # --- whole programs -------------------------------------------------------------------------------
@@ -386,14 +453,14 @@ def test_an_artifact_saves_and_loads(tmp_path) -> None:
     passes = "canonicalize{optional=true},assign{weight=int4:group32 head=same},quantize"
     compiled = qcompiler.compile(model, x := torch.randn(3, 64), passes=passes, backend="triton")
     again = qcompiler.load(compiled.save(tmp_path / "out"))
-    assert again.backend.name == "triton" and set(again.kernels.values()) == {"w4a16"}
+    assert again.backend.name == "triton" and again.kernels == compiled.kernels
     torch.testing.assert_close(again(x), compiled(x), rtol=0, atol=0)
 
 
 def test_scales_in_a_wrong_layout_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups in the wrong order: every site goes back to the reference, and says why."""
     right = layout.pack_scales
-    monkeypatch.setattr(layout, "pack_scales", lambda *a: right(*a).flip(1).contiguous())
+    monkeypatch.setattr(layout, "pack_scales", lambda *a: right(*a).flip(0).contiguous())
     model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU())
     passes = "canonicalize{optional=true},assign{weight=int4:group32 head=same},quantize"
     model[0].weight.data[:, :64] *= 5
@@ -414,7 +481,7 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     def full(*arguments: object) -> Tensor:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr(layout, "pack_words", full)
+    monkeypatch.setattr(layout, "pack_units", full)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
     passes = "canonicalize{optional=true},assign{weight=int4:group32 head=same},quantize"
     with pytest.raises(
