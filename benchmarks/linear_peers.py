@@ -154,6 +154,11 @@ PEERS: dict[str, Maker] = {
     "OpenVINO int8": openvino_weights(8, 0),
     "OpenVINO int4:128": openvino_weights(4, 128),
 }
+BITS = {
+    n: 32 if "float32" in n else 16 if "bfloat16" in n else 4 if "int4" in n or " 4:" in n else 8
+    for n in PEERS
+}
+"""Of a weight, by name."""
 
 
 def _groups(weight: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:

@@ -358,7 +358,7 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 def fake_call(node: fx.Node, mode: FakeTensorMode | None) -> object:
     """Result of a call on the fake values of its inputs: shape and type without arithmetic."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    # Composite operators take sizes that are symbols only where Python decomposes them (torch 2.11).
+    # torch 2.11's composite operators take symbolic sizes only where Python decomposes them.
     with torch.no_grad(), enable_python_dispatcher(), mode or nullcontext():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 

@@ -55,8 +55,8 @@ class LowerSites(Pass):
             scheme = edit.plan.get(site.id)
             if scheme is None or site.id in self.exclude:
                 continue
-            stored = _stored(edit, site.weight)
-            if stored is None or not self.capability.fits(site, scheme):
+            found = stored(edit, site.weight)
+            if found is None or not self.capability.fits(site, scheme):
                 continue
             if why := self.capability.refuses_shape(site):
                 edit.skip(site.node, f"{self.capability.kernel} {why}")
@@ -65,7 +65,7 @@ class LowerSites(Pass):
             stem = site.id.rpartition("/")[0] or site.id
             packed = [
                 edit.new_param(f"{stem}.{name}", value, like=site.node)
-                for name, value in self.pack(stored).items()
+                for name, value in self.pack(found).items()
             ]
             new = edit.call(
                 self.operator, *self.arguments(site, packed), like=site.node, replaces=[site.node]
@@ -83,7 +83,7 @@ def unrounded(site: Site) -> tuple[fx.Node | None, Argument, Argument]:
     return source, scale, zero
 
 
-def _stored(edit: Edit, weight: fx.Node) -> QTensor | None:
+def stored(edit: Edit, weight: fx.Node) -> QTensor | None:
     """The codes of a weight; those of a convolution's are shaped back from rows."""
     if weight.target is torch.ops.aten.reshape.default and isinstance(weight.args[0], fx.Node):
         weight = weight.args[0]

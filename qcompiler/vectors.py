@@ -19,7 +19,7 @@ def vectors(site: Site, x: Tensor) -> Tensor:
     x = x.detach().float()
     if site.kind.name != "conv":
         return x.movedim(site.kind.channel, -1).flatten(0, -2)
-    at = _window(site)
+    at = window_of(site)
     flat = len(at.kernel) == 1  # an image of height 1
     x = x.unsqueeze(-2) if flat else x
     kernel, dilation, stride = ((1, *v) if flat else v for v in (at.kernel, at.dilation, at.stride))
@@ -39,7 +39,9 @@ def freedom(rows: Tensor, damping: float = 0.01) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
+    """How a convolution walks over its input: a number for each axis."""
+
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -47,7 +49,7 @@ class _Window(NamedTuple):
     groups: int
 
 
-def _window(site: Site) -> _Window:
+def window_of(site: Site) -> Window:
     """What a convolution's arguments say, with the defaults of its operator."""
     kernel = tuple(int(n) for n in site.weight.meta["val"].shape[2:])
     schema = site.node.target._schema  # type: ignore[union-attr]
@@ -62,4 +64,4 @@ def _window(site: Site) -> _Window:
         return tuple(numbers if len(numbers) > 1 else numbers * len(kernel))
 
     groups = int(given.get("groups", 1))
-    return _Window(kernel, each("stride", 1), each("padding", 0), each("dilation", 1), groups)
+    return Window(kernel, each("stride", 1), each("padding", 0), each("dilation", 1), groups)

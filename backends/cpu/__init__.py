@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from qcompiler.backend import Artifact, Backend, Capability
+from qcompiler.backends.cpu.choose import refusals
 from qcompiler.backends.cpu.kernels import GATHER, GENERATED, KERNELS, self_test
 from qcompiler.backends.cpu.lower import LowerLinear
 from qcompiler.formats import Scheme
@@ -19,6 +20,14 @@ from qcompiler.program import Program
 from qcompiler.sites import Site
 
 
+def _convolutions() -> tuple[Capability, ...]:
+    if not GENERATED:
+        return ()
+    from qcompiler.backends.cpu.choose_conv import CLAIMS
+
+    return CLAIMS
+
+
 class CpuBackend(Backend):
     """In-process CPU execution."""
 
@@ -26,12 +35,15 @@ class CpuBackend(Backend):
     summary: ClassVar[str] = "this process, by kernels generated for its CPU where they pay"
     capabilities: ClassVar[tuple[Capability, ...]] = (
         *(claim for kernel in KERNELS.values() for claim in kernel.claims),
+        *_convolutions(),
         GATHER,
     )
     tolerance: ClassVar[float] = 2e-2
     """The whole program's; each kernel's own is in its capability."""
 
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
+        if site.kind.name == "conv" and (found := refusals(site, scheme)):
+            return "; ".join(f"{name}: {why}" for name, why in found.items())
         fitting = {c.kernel for c in self.capabilities if self.uses(c) and c.fits(site, scheme)}
         reasons = []
         for name in (n for n in KERNELS if n in fitting):
@@ -45,10 +57,19 @@ class CpuBackend(Backend):
         left = tuple(sorted(exclude))
         only = tuple(sorted(self.kernels & KERNELS.keys())) if self.kernels is not None else ()
         return (
+            *self._convolutions(left),
             *(LowerLinear(kernel=n, exclude=left, only=only, optional=True) for n in KERNELS),
             GatherRows(exclude=left, optional=True),
             *_fused(left),
         )
+
+    def _convolutions(self, left: tuple[str, ...]) -> tuple[Pass, ...]:
+        """One pass, which goes before what makes floating point of all that is left."""
+        if not GENERATED or not self.uses(_convolutions()[0]):
+            return ()
+        from qcompiler.backends.cpu.lower_conv import LowerConv
+
+        return (LowerConv(exclude=left, forced=self.kernels is not None, optional=True),)
 
     def build(self, program: Program) -> Artifact:
         return _executed(program) if GENERATED else super().build(program)
@@ -65,9 +86,12 @@ def _fused(left: tuple[str, ...]) -> tuple[Pass, ...]:
     """What fewer and larger calls are made by."""
     if not GENERATED:
         return ()
-    from qcompiler.backends.cpu import fuse
+    from qcompiler.backends.cpu import fuse, fuse_conv
 
     passes = (
+        fuse_conv.FuseConv,
+        fuse_conv.LowerMean,
+        fuse_conv.KeepLast,
         fuse.MergeLinears,
         fuse.FuseBefore,
         fuse.FuseResidual,

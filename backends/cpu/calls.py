@@ -220,9 +220,10 @@ def _address(x: Tensor | None) -> int:
 _own = threading.local()
 
 
-def scratch(size: int) -> int:
-    """Address of memory that this thread may use until it asks again."""
-    held: Tensor | None = getattr(_own, "scratch", None)
+def scratch(size: int, use: str = "work") -> int:
+    """Address of memory that this thread may use until it asks again for the same use."""
+    held: Tensor | None = getattr(_own, use, None)
     if held is None or held.numel() < size:
-        held = _own.scratch = torch.empty(size, dtype=torch.uint8)
+        held = torch.empty(size, dtype=torch.uint8)
+        setattr(_own, use, held)
     return held.data_ptr()

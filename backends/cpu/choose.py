@@ -12,7 +12,15 @@ from functools import lru_cache, partial
 
 import torch
 
-from qcompiler.backends.cpu.kernels import KERNELS, Call, Kernel, Static, instructions, self_test
+from qcompiler.backends.cpu.kernels import (
+    GENERATED,
+    KERNELS,
+    Call,
+    Kernel,
+    Static,
+    instructions,
+    self_test,
+)
 from qcompiler.costs.cache import Cache, cache_folder, environment
 from qcompiler.formats import QFormat, Scheme
 from qcompiler.rounding import nearest
@@ -27,6 +35,10 @@ SECONDS = 0.05
 def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
     """Kernel that fits → seconds of one run of the site, geometric mean over `TOKENS`."""
     weight = site.weight.meta["val"]
+    if site.kind.name == "conv" and GENERATED:
+        from qcompiler.backends.cpu import choose_conv
+
+        return choose_conv.seconds(site, scheme)
     if site.kind.name != "linear" or scheme.weight is None:
         return {}
     out, width = (int(n) for n in weight.shape)
@@ -35,6 +47,11 @@ def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
 
 def refusals(site: Site, scheme: Scheme) -> dict[str, str]:
     """Kernel → why it does not serve this site although it is made for its formats."""
+    if site.kind.name == "conv" and GENERATED:
+        from qcompiler.backends.cpu import choose_conv
+
+        reason = choose_conv.refuses(site, scheme)
+        return {choose_conv.NAME: reason} if reason else {}
     if site.kind.name != "linear" or scheme.weight is None:
         return {}
     out, width = (int(n) for n in site.weight.meta["val"].shape)

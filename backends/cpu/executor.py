@@ -20,20 +20,25 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backend import ProgramArtifact
-from qcompiler.backends.cpu import generated
+from qcompiler.backends.cpu import convolution, generated
 from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
 from qcompiler.backends.cpu.codegen import layout
+from qcompiler.backends.cpu.conv_calls import MeanCall
+from qcompiler.backends.cpu.executor_conv import CONV, Convolutions, placed
+from qcompiler.backends.cpu.fuse_conv import anyhow
 from qcompiler.program import Program
 from qcompiler.run import last_readers
 from qcompiler.samples import Flat
 
 aten = torch.ops.aten
 LINEAR, ROPE = torch.ops.qc_cpu.linear.default, torch.ops.qc_cpu.rope.default
-ATTEND = torch.ops.qc_cpu.attend.default
+ATTEND, MEAN = torch.ops.qc_cpu.attend.default, torch.ops.qc_cpu.mean.default
 DIRECT: dict[object, object] = {
     LINEAR: generated.linear,
     ROPE: generated.rope,
     ATTEND: generated.attend,
+    CONV: convolution.conv,
+    MEAN: convolution.mean,
 }
 """Operators that are Python functions."""
 VIEWS = {
@@ -46,6 +51,7 @@ VIEWS = {
     aten.squeeze.dim,
     aten.expand.default,
     aten.select.int,
+    aten.flatten.using_ints,
 }
 FRESH = {aten.scaled_dot_product_attention.default, aten.rms_norm.default}
 """Operators that are made of others and yet never return what they read."""
@@ -104,10 +110,10 @@ class Settled:
     def __init__(self, program: Program, threads: int) -> None:
         self.threads = threads
         self._program = program
-        self._pool = Pool()
+        self.pool = Pool()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._old: list[Tensor] = []
-        self._values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
         """Values with a place: parameters, what depends on nothing, what is computed into one."""
         self._constant: set[fx.Node] = set()
         self._wanted = _wanted(program)
@@ -119,8 +125,9 @@ class Settled:
         """Values without a place that may look at the memory of one that has."""
         self._readers: dict[fx.Node, int] = {}
         """Node with a place in the pool → how many are still to read it."""
-        self._names: dict[str, object] = {"torch": torch}
-        self._lines: list[str] = []
+        self.names: dict[str, Any] = {"torch": torch}
+        self.lines: list[str] = []
+        self._convolutions = Convolutions(self, program)
         self.run = self._written()
 
     def _written(self) -> Callable[..., tuple[object, ...]]:
@@ -132,23 +139,26 @@ class Settled:
                     arguments += self._placeholder(node)
                 elif node.op == "call_function":
                     self._call(node)
+                    self._convolutions.release(node)
                     self._done(node, last.get(node, ()))
                 else:
                     self._output(node)
+        self._convolutions.finish()
         head = f"def run({', '.join(arguments)}):"
-        text = "\n    ".join([head, *self._lines])
-        exec(compile(text, "<settled program>", "exec"), self._names)
-        return self._names["run"]  # type: ignore[return-value]
+        text = "\n    ".join([head, *self.lines])
+        exec(compile(text, "<settled program>", "exec"), self.names)
+        run: Callable[..., tuple[object, ...]] = self.names["run"]
+        return run
 
     def _placeholder(self, node: fx.Node) -> list[str]:
         """A parameter is its value; an input has a place if its shape is known."""
         name = self._program.slots.get(node.name)
         if name is not None:
-            self._values[node] = self._program.params[name]
+            self.values[node] = self._program.params[name]
             self._constant.add(node)
             return []
         if node in self._wanted:
-            self._lines.append(f"{self._place(node)}.copy_({node.name})")
+            self.lines.append(f"{self.place(node)}.copy_({node.name})")
         return [node.name]
 
     def _call(self, node: fx.Node) -> None:
@@ -156,14 +166,15 @@ class Settled:
         if _known(node) and all(n in self._constant for n in inputs) and self._fold(node):
             self._constant.add(node)
             return
-        settled = _known(node) and all(n in self._values for n in inputs)
-        if settled and (self._view(node) or self._linear(node) or self._rope(node)):
+        settled = _known(node) and all(n in self.values for n in inputs)
+        makers = (self._view, self._linear, self._rope, self._convolutions.call, self._mean)
+        if settled and any(make(node) for make in makers):
             return
         text = self._text(node)
         if node in self._wanted:
-            self._lines.append(f"{self._place(node)}.copy_({text})")
+            self.lines.append(f"{self.place(node)}.copy_({text})")
             return
-        self._lines.append(f"{node.name} = {text}")
+        self.lines.append(f"{node.name} = {text}")
         if not _fresh(node.target):
             self._lend(node)
 
@@ -180,18 +191,18 @@ class Settled:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if random or node.meta["val"].numel() > FOLDED:
             return False
-        self._values[node] = node.target(*self._given(node.args), **self._given(node.kwargs))
+        self.values[node] = node.target(*self.given(node.args), **self.given(node.kwargs))
         return True
 
     def _view(self, node: fx.Node) -> bool:
         if node.target not in VIEWS:
             return False
         source = node.all_input_nodes[0]
-        value = node.target(*self._given(node.args), **self._given(node.kwargs))
-        memory = self._values[source].untyped_storage().data_ptr()
+        value = node.target(*self.given(node.args), **self.given(node.kwargs))
+        memory = self.values[source].untyped_storage().data_ptr()
         if len(node.all_input_nodes) > 1 or value.untyped_storage().data_ptr() != memory:
             return False  # a reshape that had to copy
-        self._values[node] = value
+        self.values[node] = value
         base = self._base.get(source, source)
         self._base[node] = base
         if base in self._readers:
@@ -201,48 +212,63 @@ class Settled:
     def _linear(self, node: fx.Node) -> bool:
         if node.target is not LINEAR:
             return False
-        x, *parameters, format, activation, out = self._given(node.args)
-        others = self._given(node.kwargs)
+        x, *parameters, format, activation, out = self.given(node.args)
+        others = self.given(node.kwargs)
         residual = others.get("residual")
         if residual is not None and residual.shape[-1] % layout.OUTPUTS:
             return False  # its rows must be filled up, in every call
         if x.dtype != torch.float32 or not all(map(_by_rows, (x, *others.values()))):
             return False
         padded = parameters[0].shape[0] * layout.OUTPUTS
-        y = self._place(node, torch.empty(*x.shape[:-1], padded, device="meta"))
+        y = self.place(node, torch.empty(*x.shape[:-1], padded, device="meta"))
         call = LinearCall(
-            x, self._names[y], tuple(parameters), format, activation, self._work, **others
+            x, self.names[y], tuple(parameters), format, activation, self.work, **others
         )
-        self._values[node] = self._names[y][..., :out]  # type: ignore[index]
-        self._lines.append(f"{self._name(call)}()")
+        self.values[node] = self.names[y][..., :out]  # type: ignore[index]
+        self.lines.append(f"{self.name(call)}()")
         return True
 
     def _rope(self, node: fx.Node) -> bool:
-        if node.target is not ROPE or any(p.stride(-1) != 1 for p in self._given(node.args)):
+        if node.target is not ROPE or any(p.stride(-1) != 1 for p in self.given(node.args)):
             return False
-        x, cos, sin = self._given(node.args)
+        x, cos, sin = self.given(node.args)
         like = torch.empty(x.shape, dtype=x.dtype, device="meta")
-        call = RopeCall(x, self._names[self._place(node, like)], cos, sin)  # type: ignore[arg-type]
-        self._lines.append(f"{self._name(call)}()")
+        call = RopeCall(x, self.names[self.place(node, like)], cos, sin)  # type: ignore[arg-type]
+        self.lines.append(f"{self.name(call)}()")
+        return True
+
+    def _mean(self, node: fx.Node) -> bool:
+        if node.target is not MEAN:
+            return False
+        x, _ = self.given(node.args)
+        image = x.permute(0, 2, 3, 1)
+        if x.dtype != torch.float32 or not image.is_contiguous():
+            return False
+        call = MeanCall(image, self.names[self.place(node)])  # type: ignore[arg-type]
+        self.lines.append(f"{self.name(call)}()")
         return True
 
     def _output(self, node: fx.Node) -> None:
         """What lies in memory that the next call uses again is copied out of it."""
         parts = [
-            f"{self._part(n)}.clone()" if n in self._values or n in self._lent else self._part(n)
+            f"{self._part(n)}.clone()" if n in self.values or n in self._lent else self._part(n)
             for n in node.args[0]
         ]
-        self._lines.append(f"return ({''.join(p + ', ' for p in parts)})")
+        self.lines.append(f"return ({''.join(p + ', ' for p in parts)})")
 
     # -- memory -------------------------------------------------------------------------------
 
-    def _place(self, node: fx.Node, like: Tensor | None = None) -> str:
+    def place(self, node: fx.Node, like: Tensor | None = None) -> str:
         """The name of a place for the value of `node`."""
-        value = self._pool.take(node.meta["val"] if like is None else like)
-        self._values[node] = value
+        like = node.meta["val"] if like is None else like
+        if self._wanted.get(node):
+            value = self.pool.take(like.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            value = self.pool.take(like)
+        self.values[node] = value
         self._readers[node] = len(node.users)
         self._placed.add(node)
-        return self._name(value)
+        return self.name(value)
 
     def _done(self, node: fx.Node, read: Sequence[fx.Node]) -> None:
         """Memory is free behind its last reader; `node` is that of the values `read`."""
@@ -252,12 +278,12 @@ class Settled:
                 self._readers[base] -= 1
                 if not self._readers[base]:
                     del self._readers[base]
-                    self._pool.give(self._values[base])
-        gone = [n.name for n in read if n not in self._values]
+                    self.pool.give(self.values[base])
+        gone = [n.name for n in read if n not in self.values]
         if gone:
-            self._lines.append(f"del {', '.join(gone)}")
+            self.lines.append(f"del {', '.join(gone)}")
 
-    def _work(self, size: int) -> int:
+    def work(self, size: int) -> int:
         """Memory that each call may use while it runs."""
         if self._scratch.numel() < size:
             self._old.append(self._scratch)  # calls that are bound to it still use it
@@ -270,23 +296,23 @@ class Settled:
         parts = [self._part(a) for a in node.args]
         parts += [f"{key}={self._part(a)}" for key, a in node.kwargs.items()]
         target = DIRECT.get(node.target, node.target)  # the dispatcher has nothing to add
-        return f"{self._name(target)}({', '.join(parts)})"
+        return f"{self.name(target)}({', '.join(parts)})"
 
     def _part(self, value: object) -> str:
         if isinstance(value, fx.Node):
-            return self._name(self._values[value]) if value in self._values else value.name
+            return self.name(self.values[value]) if value in self.values else value.name
         if isinstance(value, list | tuple):
             inner = ", ".join(map(self._part, value))
             return f"[{inner}]"
-        return self._name(value)
+        return self.name(value)
 
-    def _name(self, value: object) -> str:
-        name = f"_{len(self._names)}"
-        self._names[name] = value
+    def name(self, value: object) -> str:
+        name = f"_{len(self.names)}"
+        self.names[name] = value
         return name
 
-    def _given(self, arguments: Any) -> Any:
-        return fx.node.map_arg(arguments, lambda n: self._values[n])
+    def given(self, arguments: Any) -> Any:
+        return fx.node.map_arg(arguments, lambda n: self.values[n])
 
 
 def _known(node: fx.Node) -> bool:
@@ -307,22 +333,33 @@ def _fresh(target: object) -> bool:
     )
 
 
-def _wanted(program: Program) -> set[fx.Node]:
-    """What generated kernels read, views looked through: it pays to give these values a place."""
+def _wanted(program: Program) -> dict[fx.Node, bool]:
+    """What generated kernels read, views looked through: it pays to give these values a place.
+    True for what only convolutions do, which want its channels last."""
     waiting = [
         n
         for node in program.graph.nodes
         if node.target in (LINEAR, ROPE) and _known(node)
         for n in node.all_input_nodes
     ]
-    found: set[fx.Node] = set()
+    found: dict[fx.Node, bool] = {}
     while waiting:
         node = waiting.pop()
         if node.target in VIEWS:
             waiting.append(node.all_input_nodes[0])
-        elif _known(node) and node.name not in program.slots and node.target not in (LINEAR, ROPE):
-            found.add(node)
+        elif _placeable(program, node):
+            found[node] = False
+    for node in filter(placed, program.graph.nodes):
+        for n in node.all_input_nodes:
+            if n not in found and n.target not in VIEWS and _placeable(program, n) and anyhow(n):
+                found[n] = True
     return found
+
+
+def _placeable(program: Program, node: fx.Node) -> bool:
+    """Whether a value that is no kernel's can be copied to a place."""
+    mine = node.target in (LINEAR, ROPE, MEAN) or placed(node)
+    return _known(node) and node.name not in program.slots and not mine
 
 
 def _by_rows(value: object) -> bool:

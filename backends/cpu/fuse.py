@@ -191,11 +191,11 @@ def _before(edit: Edit, x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument
     if x.target is aten.mul.Tensor:
         for value, factors in (args[:2], args[1::-1]):
             known = edit.param_of(factors) is not None and edit.tensor(factors)
-            if known is not False and _alike(x, value) and known.shape == x.meta["val"].shape[-1:]:
+            if known is not False and alike(x, value) and known.shape == x.meta["val"].shape[-1:]:
                 return Before("times"), value, {"gain": factors}
         for gate, other in (args[:2], args[1::-1]):
             silu = isinstance(gate, fx.Node) and gate.target is aten.silu.default
-            if silu and len(gate.users) == 1 and _alike(gate, other):
+            if silu and len(gate.users) == 1 and alike(gate, other):
                 return Before("silu_mul"), gate.args[0], {"other": other}
     return None
 
@@ -222,7 +222,7 @@ class FuseResidual(Fuse):
             return
         for node, other in (add.args, add.args[::-1]):
             linear = isinstance(node, fx.Node) and node.target is LINEAR and len(node.users) == 1
-            if linear and "residual" not in node.kwargs and _alike(node, other):
+            if linear and "residual" not in node.kwargs and alike(node, other):
                 yield node, other
 
 
@@ -272,7 +272,7 @@ class LowerAttention(Fuse):
             edit.replace(node, new)
 
 
-def _alike(a: fx.Node, b: object) -> bool:
+def alike(a: fx.Node, b: object) -> bool:
     """Whether `b` is a tensor of the shape and type of `a`."""
     if not isinstance(b, fx.Node):
         return False

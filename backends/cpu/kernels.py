@@ -6,6 +6,7 @@
 `int8`         torch: int8 × int8 → int32, exact
 `packed8`      torch: int8 weights, bfloat16 activations, float32 sums
 `packed4`      torch: int4 weights in groups, bfloat16 activations, float32 sums
+`conv`         generated: the same for convolutions (`choose_conv.py`)
 `float`        float weights made once from the integers: small on disk only, never wrong
 `gather`       an embedding that decodes the rows that are read
 =============  ============================================================================
@@ -104,13 +105,17 @@ def _claims(
     )
 
 
+def point_of(activation: QFormat | None, static: Static) -> int | None:
+    """The zero point of int8 codes, None for 0. Unsigned codes are moved by 128, so that they are
+    int8 as well."""
+    if activation is None or activation.dynamic:
+        return None
+    zero = 0 if static.zero is None else int(static.zero)
+    return zero - (0 if activation.signed else 128) or None
+
+
 def _generated(q: QTensor, bias: Tensor | None, activation: QFormat | None, static: Static) -> Call:
-    out = q.data.shape[0]
-    point = None
-    if activation is not None and not activation.dynamic:
-        # Unsigned codes are moved by 128, so that they are int8 as well.
-        zero = 0 if static.zero is None else int(static.zero)
-        point = zero - (0 if activation.signed else 128) or None
+    out, point = q.data.shape[0], point_of(activation, static)
     packed = generated.pack(q, activation is None, point)
     parameters = {
         **packed._asdict(),

@@ -5,6 +5,7 @@ linear( fakequant(x), dequantize(q, s), b )   →   qc_cpu::linear(x, pack(q, s)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.cpu.choose import fits, refusals, seconds
-from qcompiler.backends.cpu.kernels import KERNELS, Static
+from qcompiler.backends.cpu.kernels import KERNELS, Call, Static
 from qcompiler.edit import Edit
 from qcompiler.errors import BackendError
 from qcompiler.facts import Facts
@@ -54,7 +55,7 @@ class LowerLinear(Pass):
             if scheme is None or site.kind.x is None or site.weight.op == "placeholder":
                 continue
             stored = read(edit, site.weight)
-            static = self._static(edit, site)
+            static = static_of(edit, site)
             if self._chosen(site, scheme, stored, static) == self.kernel:
                 edit.spend(self._reason(site, scheme), site.node)
                 if self.kernel == "float" or stored is None or static is None:
@@ -81,15 +82,15 @@ class LowerLinear(Pass):
         """`integer, 5.1 x float`, with the kernels that are out and why."""
         if self.only:
             return self.kernel
-        times = seconds(site, scheme)
+        times, refused = seconds(site, scheme), refusals(site, scheme)
         words = [self.kernel]
         if self.kernel != "float":
             words[0] += f", {times['float'] / times[self.kernel]:.1f} x float"
-        elif not times:
+        elif not times and not refused:
             words.append(f"no low-precision kernel for a {site.kind.name}")
         else:
             words += [f"{n} measures slower" for n in times if n != "float"]
-        words += [f"{name}: {reason}" for name, reason in refusals(site, scheme).items()]
+        words += [f"{name}: {reason}" for name, reason in refused.items()]
         return "; ".join(words)
 
     def _float(self, edit: Edit, facts: Facts, site: Site) -> None:
@@ -104,34 +105,41 @@ class LowerLinear(Pass):
     def _lower(
         self, edit: Edit, facts: Facts, site: Site, scheme: Scheme, stored: QTensor, static: Static
     ) -> None:
-        node, stem = site.node, site.id.rpartition("/")[0] or site.id
         bias = None if site.bias is None else facts.value(site.bias)
-        try:
-            call = KERNELS[self.kernel].prepare(stored, bias, scheme.activation, static)
-        except (MemoryError, RuntimeError) as error:
-            if "alloc" not in str(error):
-                raise
-            out, width = stored.data.shape
-            raise BackendError(
-                f"no memory to pack the weight of {site.id}, {out} × {width} in {stored.format}: "
-                f"{stored.bytes / 1e6:.0f} MB, and several times that while it is packed; free "
-                "memory, or leave the layer in floating point"
-            ) from error
-        x, *_ = unrounded(site)
-        params = [
-            None if v is None else edit.new_param(f"{stem}.{k}", v, like=node)
-            for k, v in call.parameters.items()
-        ]
-        new = edit.call(call.operator, x, *params, *call.constants, like=node, replaces=[node])
-        edit.replace(node, new)
+        prepare = KERNELS[self.kernel].prepare
+        put_in(edit, site, stored, lambda: prepare(stored, bias, scheme.activation, static))
 
-    def _static(self, edit: Edit, site: Site) -> Static | None:
-        """What is known of the site's activation; None if it is rounded by what a run computes."""
-        _, scale, zero = unrounded(site)
-        values = [None if n is None else _value(edit, n) for n in (scale, zero)]
-        missing = [v is None and n is not None for v, n in zip(values, (scale, zero), strict=True)]
-        computed = site.bias is not None and edit.param_of(site.bias) is None
-        return None if any(missing) or computed else Static(*values)
+
+def put_in(edit: Edit, site: Site, stored: QTensor, prepare: Callable[[], Call]) -> None:
+    """Put what `prepare` makes of the weight in the place of a site."""
+    node, stem = site.node, site.id.rpartition("/")[0] or site.id
+    try:
+        call = prepare()
+    except (MemoryError, RuntimeError) as error:
+        if "alloc" not in str(error):
+            raise
+        out, width = stored.data.shape
+        raise BackendError(
+            f"no memory to pack the weight of {site.id}, {out} × {width} in {stored.format}: "
+            f"{stored.bytes / 1e6:.0f} MB, and several times that while it is packed; free "
+            "memory, or leave the layer in floating point"
+        ) from error
+    x, *_ = unrounded(site)
+    params = [
+        None if v is None else edit.new_param(f"{stem}.{k}", v, like=node)
+        for k, v in call.parameters.items()
+    ]
+    new = edit.call(call.operator, x, *params, *call.constants, like=node, replaces=[node])
+    edit.replace(node, new)
+
+
+def static_of(edit: Edit, site: Site) -> Static | None:
+    """What is known of a site's activation; None if it is rounded by what a run computes."""
+    _, scale, zero = unrounded(site)
+    values = [None if n is None else _value(edit, n) for n in (scale, zero)]
+    missing = [v is None and n is not None for v, n in zip(values, (scale, zero), strict=True)]
+    computed = site.bias is not None and edit.param_of(site.bias) is None
+    return None if any(missing) or computed else Static(*values)
 
 
 def _value(edit: Edit, node: object) -> Tensor | None:

@@ -66,20 +66,44 @@ def ort(how: str) -> Maker:
     return make
 
 
-def openvino(case: Case, threads: int) -> Contender:
-    """OpenVINO on the exported model in float32."""
-    import openvino as ov
+def openvino(how: str) -> Maker:
+    """OpenVINO on the exported model, `float`, or on what onnxruntime made of it, `static`."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = ov.Core().read_model(_exported(case, Path(folder)))
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    def make(case: Case, threads: int) -> Contender:
+        import openvino as ov
 
-    def run(inputs: dict[str, object]) -> object:
-        request.infer([t.numpy() for t in _flat(inputs)], share_inputs=True)
-        return torch.from_numpy(request.get_output_tensor(0).data)
+        with tempfile.TemporaryDirectory() as folder:
+            path = _quantized(case, _exported(case, Path(folder)), how)
+            bytes_ = path.stat().st_size
+            model = ov.Core().read_model(path)
+            settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+            request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
-    return Contender(run, size(case))
+        def run(inputs: dict[str, object]) -> object:
+            request.infer([t.numpy() for t in _flat(inputs)], share_inputs=True)
+            return torch.from_numpy(request.get_output_tensor(0).data)
+
+        return Contender(run, bytes_)
+
+    return make
+
+
+def inductor(case: Case, threads: int) -> Contender:
+    """torch's static int8 for x86, compiled by Inductor with its constants folded."""
+    import torch._inductor.config as config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    example = tuple(_flat(case.inputs))
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(case.model, example).module(), quantizer)
+    for batch in case.calibration:
+        prepared(*_flat(batch))
+    with config.patch(freezing=True):
+        model = torch.compile(convert_pt2e(prepared))
+        model(*example)
+    return Contender(lambda inputs: model(*_flat(inputs)))
 
 
 def _flat(inputs: dict[str, object]) -> list[Tensor]:
@@ -172,13 +196,15 @@ _ORT: dict[str, Maker] = {
     "onnxruntime MatMulNBits 8:32": ort("nbits8:32"),
 }
 PEERS: dict[str, dict[str, Maker]] = {
-    "decoder": {**_COMPILED, **_ORT, "OpenVINO float32": openvino},
-    "encoder": {**_COMPILED, **_ORT, "OpenVINO float32": openvino},
+    "decoder": {**_COMPILED, **_ORT, "OpenVINO float32": openvino("float")},
+    "encoder": {**_COMPILED, **_ORT, "OpenVINO float32": openvino("float")},
     "pictures": {
         "torch.compile float32": compile_float,
         "onnxruntime float32": ort("float"),
         "onnxruntime quantize_static": ort("static"),
-        "OpenVINO float32": openvino,
+        "OpenVINO float32": openvino("float"),
+        "OpenVINO int8 (the same file)": openvino("static"),
+        "torch int8, Inductor": inductor,
     },
 }
 """Kind of model → name → maker."""

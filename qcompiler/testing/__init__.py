@@ -90,9 +90,10 @@ def _trials(claim: Capability, quick: bool) -> list[Trial]:
 
 
 def _few(trials: list[Trial], shapes: list[Shape]) -> list[Trial]:
-    """The first of each type on the first shape, and the last on the second."""
+    """The first of each type on the first shape, and the last on the second; one on another shape
+    where the claim's formats are those of no other."""
     first = {t[2]: t for t in reversed(trials) if t[1] == shapes[0]}
-    return [*first.values(), *[t for t in trials if t[1] == shapes[1]][-1:]]
+    return [*first.values(), *[t for t in trials if t[1] == shapes[1]][-1:]] or trials[:1]
 
 
 def _shapes(claim: Capability) -> list[Shape]:

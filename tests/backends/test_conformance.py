@@ -290,7 +290,7 @@ def test_other_instruction_sets_conform(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(isa.VARIABLE, name)
     self_test.cache_clear()
     try:
-        for claims in ("integer", "decoding"):
+        for claims in ("integer", "decoding", "conv"):
             assert_conforms("cpu", claims=claims, quick=True)
     finally:
         self_test.cache_clear()

@@ -119,7 +119,7 @@ def test_memory_is_used_again() -> None:
     made = compiled(Formula(chain), torch.randn(4, 64), dynamic=False)
     assert made.lowered is not None
     settled = Settled(made.lowered.program, 1)
-    assert 0 < len(settled._pool.held) <= 3
+    assert 0 < len(settled.pool.held) <= 3
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bert"])

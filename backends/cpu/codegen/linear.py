@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import ClassVar
 
 from llvmlite import ir
 
@@ -38,27 +39,20 @@ def linear(isa: Isa, spec: Spec) -> Kernel:
 def module(isa: Isa, spec: Spec) -> ir.Module:
     """Its IR."""
     made = ir.Module("linear")
-    sizes = TILES[isa.name]
-    tiles = {size: Tile(made, isa, spec, *size).function for size in sizes}
-    for tokens, _ in sizes:
-        if (tokens, 1) not in tiles:
-            tiles[tokens, 1] = Tile(made, isa, spec, tokens, 1).function
-    loops = _Loops(spec, sizes, tiles)
-    entry(made, SIZES, POINTERS, loops.write)
+    entry(made, SIZES, POINTERS, Loops(made, isa, spec).write)
     return made
 
 
-class _Loops:
+class Loops:
     """Tiles over tokens and blocks."""
 
-    def __init__(
-        self,
-        spec: Spec,
-        sizes: tuple[tuple[int, int], ...],
-        tiles: Mapping[tuple[int, int], ir.Function],
-    ) -> None:
-        self._spec, self._sizes, self._tiles = spec, sizes, tiles
-        self._wide = max(blocks for _, blocks in sizes)
+    tile: ClassVar[type[Tile]] = Tile
+
+    def __init__(self, module: ir.Module, isa: Isa, spec: Spec) -> None:
+        self._spec, self._sizes = spec, TILES[isa.name]
+        self._wide = max(blocks for _, blocks in self._sizes)
+        made = [*self._sizes, *((tokens, 1) for tokens, _ in self._sizes)]
+        self._tiles = {s: self.tile(module, isa, spec, *s).function for s in dict.fromkeys(made)}
 
     def write(self, code: Code, given: Mapping[str, Value], thread: Value, threads: Value) -> None:
         """The blocks of one thread: as many at a time as the widest tile has, then one by one."""
@@ -66,16 +60,23 @@ class _Loops:
         span = code.mul(code.div(code.add(end, code.mul(start, -1)), self._wide), self._wide)
         middle = code.add(start, span)
         with code.loop(start, middle, self._wide) as block:
-            self._tokens(code, given, block, self._wide)
+            self._tokens(code, given, block, self._wide, code.i64(0), given["tokens"])
         with code.loop(middle, end) as block:
-            self._tokens(code, given, block, 1)
+            self._tokens(code, given, block, 1, code.i64(0), given["tokens"])
 
-    def _tokens(self, code: Code, given: Mapping[str, Value], block: Value, wide: int) -> None:
-        """All tokens by these blocks: large tiles, then smaller ones for the rest."""
-        start = code.i64(0)
+    def _tokens(
+        self,
+        code: Code,
+        given: Mapping[str, Value],
+        block: Value,
+        wide: int,
+        start: Value,
+        stop: Value,
+    ) -> None:
+        """These tokens by these blocks: large tiles, then smaller ones for the rest."""
         for tokens, blocks in self._sizes:
             blocks = min(blocks, wide)
-            left = code.add(given["tokens"], code.mul(start, -1))
+            left = code.add(stop, code.mul(start, -1))
             end = code.add(start, code.mul(code.div(left, tokens), tokens))
             for part in range(0, wide, blocks):
                 with code.loop(start, end, tokens) as token:
@@ -87,9 +88,17 @@ class _Loops:
     def _arguments(
         self, code: Code, given: Mapping[str, Value], token: Value, block: Value
     ) -> list[Value]:
+        places = self._places(code, given, token, block)
+        pointers = [code.at(given[name], places[name]) for name in self.tile.pointers]
+        return [*pointers, *(given[name] for name in self.tile.numbers)]
+
+    def _places(
+        self, code: Code, given: Mapping[str, Value], token: Value, block: Value
+    ) -> dict[str, Value]:
+        """Bytes from the start of each pointer to what belongs to a token and a block."""
         chunks, spec = given["chunks"], self._spec
         groups = code.div(chunks, spec.group // CHUNK) if spec.group else code.i64(1)
-        strides = {
+        return {
             "y": code.add(code.mul(token, given["y_stride"]), code.mul(block, 64)),
             "x": code.mul(token, given["x_stride"]),
             "total": code.mul(token, code.mul(groups, 4)),
@@ -102,5 +111,3 @@ class _Loops:
             "bias": code.mul(block, 64),
             "residual": code.add(code.mul(token, given["residual_stride"]), code.mul(block, 64)),
         }
-        places = [code.at(given[name], strides[name]) for name in POINTERS]
-        return [*places, *(given[name] for name in NUMBERS)]

@@ -151,14 +151,7 @@ class _Rows:
                 name = f"llvm.umax.v{lanes}i32"
                 most.set(code.call(name, self._whole, most.get(), bits))
         bits = code.call(f"llvm.vector.reduce.umax.v{lanes}i32", I32, most.get())
-        size = b.bitcast(bits, FLOAT)
-        if self._how.clip != 1.0:
-            size = b.fmul(size, ir.Constant(FLOAT, self._how.clip))
-        scale = b.fdiv(size, ir.Constant(FLOAT, self._how.top))
-        least = ir.Constant(FLOAT, TINY)
-        scale = b.select(b.fcmp_ordered("<", scale, least), least, scale)
-        zero = b.fcmp_ordered("==", size, ir.Constant(FLOAT, 0.0))
-        scale = b.select(zero, ir.Constant(FLOAT, 1.0), scale)
+        scale = scale_of(code, self._how, b.bitcast(bits, FLOAT))
         code.store(scale, given["scale"], place)
         return scale
 
@@ -230,11 +223,29 @@ class _Rows:
         if self._how.static:
             missing = b.zext(b.fcmp_unordered("uno", u, u), self._whole)
             self._wrong.set(b.or_(self._wrong.get(), missing))
-        u = code.call(f"llvm.rint.v{lanes}f32", self._kind, u)
-        u = u if zero is None else b.fadd(u, code.splat(zero, lanes))
-        low = code.constant(FLOAT, float(self._how.qmin), lanes)
-        high = code.constant(FLOAT, float(self._how.qmax), lanes)
-        # A comparison with NaN is false: it becomes the lowest code, and its scale is NaN.
-        u = b.select(b.fcmp_ordered(">", u, low), u, low)
-        u = b.select(b.fcmp_ordered("<", u, high), u, high)
-        return b.fptosi(u, self._whole)
+        return encode(code, self._how.qmin, self._how.qmax, u, zero)
+
+
+def scale_of(code: Code, how: Rounding, size: Value) -> Value:
+    """The scale of numbers of at most this size."""
+    b = code.b
+    if how.clip != 1.0:
+        size = b.fmul(size, ir.Constant(FLOAT, how.clip))
+    scale = b.fdiv(size, ir.Constant(FLOAT, how.top))
+    least = ir.Constant(FLOAT, TINY)
+    scale = b.select(b.fcmp_ordered("<", scale, least), least, scale)
+    zero = b.fcmp_ordered("==", size, ir.Constant(FLOAT, 0.0))
+    return b.select(zero, ir.Constant(FLOAT, 1.0), scale)
+
+
+def encode(code: Code, qmin: int, qmax: int, u: Value, zero: Value | None) -> Value:
+    """int32 codes of a vector of numbers in units of their scale."""
+    b, lanes = code.b, u.type.count
+    u = code.call(f"llvm.rint.v{lanes}f32", u.type, u)
+    u = u if zero is None else b.fadd(u, code.splat(zero, lanes))
+    low = code.constant(FLOAT, float(qmin), lanes)
+    high = code.constant(FLOAT, float(qmax), lanes)
+    # A comparison with NaN is false: it becomes the lowest code, and its scale is NaN.
+    u = b.select(b.fcmp_ordered(">", u, low), u, low)
+    u = b.select(b.fcmp_ordered("<", u, high), u, high)
+    return b.fptosi(u, vector(I32, lanes))

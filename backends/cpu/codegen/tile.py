@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from llvmlite import ir
 
@@ -69,6 +70,12 @@ class Spec:
     """int8 activations have a zero point, one for all."""
     residual: bool = False
     """Something of the shape of y is added to it."""
+    relu: bool = False
+    """What is negative becomes zero at the end."""
+    codes: tuple[int, int] | None = None
+    """The result is handed on as codes in this range; see `conv.py`."""
+    floats: bool = True
+    """It is written as it is."""
 
     @property
     def unit(self) -> int:
@@ -93,12 +100,15 @@ Cell = tuple[int, int, int]
 class Tile:
     """Writes the function that computes one tile."""
 
+    pointers: ClassVar[tuple[str, ...]] = POINTERS
+    numbers: ClassVar[tuple[str, ...]] = NUMBERS
+
     def __init__(self, module: ir.Module, isa: Isa, spec: Spec, tokens: int, blocks: int) -> None:
         self.isa, self.spec, self.tokens, self.blocks = isa, spec, tokens, blocks
-        kinds = [PTR] * len(POINTERS) + [I64] * len(NUMBERS)
+        kinds = [PTR] * len(self.pointers) + [I64] * len(self.numbers)
         name = f"tile_{tokens}x{blocks}"
         self.function = function(module, name, kinds, inline=True)
-        self.given = dict(zip((*POINTERS, *NUMBERS), self.function.args, strict=True))
+        self.given = dict(zip((*self.pointers, *self.numbers), self.function.args, strict=True))
         self.code = Code(self.function)
         self.vectors = 64 // isa.bytes
         self.cells = [(m, *place) for m in range(tokens) for place in self._places]
@@ -120,12 +130,19 @@ class Tile:
         groups = code.div(chunks, size)
         with code.loop(0, groups) as group:
             self._begin(group, groups)
-            first = code.mul(group, size)
-            with code.loop(first, code.add(first, size)) as chunk:
-                self._chunk(chunk)
+            self._chunks(code.mul(group, size), size)
             self._fold(group, groups)
         self._finish()
         code.b.ret_void()
+
+    def _chunks(self, first: Value, count: int | Value) -> None:
+        """The inputs of a group."""
+        with self.code.loop(first, self.code.add(first, count)) as chunk:
+            self._chunk(chunk)
+
+    def _row(self, m: int) -> Value:
+        """Bytes from `x` to the inputs of a token."""
+        return self.code.mul(self.given["x_stride"], m)
 
     def _begin(self, group: Value, groups: Value) -> None:
         zero = 0 if self.spec.zeros else 1 << (self.spec.bits - 1)
@@ -171,7 +188,7 @@ class Tile:
         for step in range(unit):
             weights = {p: self.sums.weights(codes(step, *p), self._zeros[p]) for p in self._places}
             for m in range(self.tokens):
-                offset = code.add(at, code.mul(self.given["x_stride"], m), step * self.sums.step)
+                offset = code.add(at, self._row(m), step * self.sums.step)
                 x = self.sums.inputs(self.given["x"], offset)
                 for place in self._places:
                     self.sums.add((m, *place), weights[place], x)
@@ -246,7 +263,7 @@ class Tile:
         return code.b.sub(total, code.b.mul(point, code.b.trunc(size, I32)))
 
     def _finish(self) -> None:
-        """y = y · sx + b + residual"""
+        """y = relu(y · sx + b + residual)"""
         code, lanes = self.code, self.isa.lanes
         for m in range(self.tokens):
             if not self.spec.floating:
@@ -263,9 +280,16 @@ class Tile:
                     place = code.add(code.mul(self.given["residual_stride"], m), offset)
                     more = code.load(vector(FLOAT, lanes), self.given["residual"], place)
                     value = code.b.fadd(value, more)
-                code.store(
-                    value, self.given["y"], code.add(code.mul(self.given["y_stride"], m), offset)
-                )
+                if self.spec.relu:  # a comparison with NaN is false: it stays
+                    nothing = code.constant(FLOAT, 0.0, lanes)
+                    negative = code.b.fcmp_ordered("<", value, nothing)
+                    value = code.b.select(negative, nothing, value)
+                self._write_out(m, offset, value)
+
+    def _write_out(self, m: int, offset: Value, value: Value) -> None:
+        """`value` is what is `offset` bytes into the outputs of a token."""
+        place = self.code.add(self.code.mul(self.given["y_stride"], m), offset)
+        self.code.store(value, self.given["y"], place)
 
 
 def _widened(code: Code, half: Value, isa: Isa) -> Value:

@@ -1,0 +1,297 @@
+"""Generated convolutions: against float64, in programs, and how codes are handed on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler.backends.cpu.kernels import GENERATED, Static, point_of
+from qcompiler.check import relative_error
+from qcompiler.formats import Grid, QFormat, QTensor, Scheme
+from qcompiler.registry import get_backend
+from qcompiler.rounding import nearest
+from qcompiler.samples import random_inputs
+from qcompiler.sites import sites
+
+pytestmark = pytest.mark.skipif(not GENERATED, reason="llvmlite is not installed")
+if GENERATED:
+    from qcompiler.backends.cpu import choose_conv
+    from qcompiler.backends.cpu.codegen import isa as isas
+    from qcompiler.backends.cpu.conv_calls import ConvCall, RoundCall
+    from qcompiler.backends.cpu.executor import Settled
+    from qcompiler.backends.cpu.window import Window
+
+WEIGHTS = ("int8:channel", "int8:channel:asym", "int4:channel", "int3:tensor", "uint4:channel:asym")
+ACTIVATIONS = (
+    "int8:sample:dynamic",
+    "int8:tensor:dynamic:clip0.9",
+    "int8:tensor",
+    "int8:tensor:asym",
+    "uint8:tensor",
+    "uint8:tensor:asym",
+)
+SHAPES = (
+    # batch, channels, height, width, outputs, kernel, stride, padding, dilation
+    (2, 3, 9, 7, 7, (3, 3), (1, 1), (1, 1), (1, 1)),  # patches are copied
+    (1, 64, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (3, 40, 5, 6, 37, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, 33, 12, 5, 17, (3, 2), (2, 1), (1, 1), (1, 2)),
+    (1, 20, 11, 11, 16, (3, 3), (2, 2), (2, 0), (2, 2)),
+)
+STATIC = "assign{weight=int8:channel activation=uint8:tensor:asym head=same},quantize"
+
+
+@pytest.fixture(params=isas._available() if GENERATED else ())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(isas.VARIABLE, request.param)
+    yield request.param
+
+
+def static_of(x: Tensor, fmt: QFormat) -> tuple[Static, Grid]:
+    """What a site knows of its activation, and the grid that x is rounded to, in part beyond it."""
+    if fmt.dynamic:
+        return Static(), Grid.fit(x, fmt)
+    grid = Grid.cover(*(end.reshape(1, 1, 1, 1) * 0.6 for end in (x.min(), x.max())), fmt)
+    return Static(grid.scale, grid.zero), grid
+
+
+def product(q: QTensor, x: Tensor, activation: str, window: Window, bias: Tensor | None = None):
+    """What the kernel gives, and what float64 does."""
+    fmt = QFormat.parse(activation)
+    static, grid = static_of(x, fmt)
+    got = choose_conv.prepare(q, x.shape[1], bias, fmt, static, window)(x)
+    weight = q.dequantize(torch.float64).reshape(q.data.shape[0], x.shape[1], *window.kernel)
+    bias = None if bias is None else bias.double()
+    want = torch.conv2d(grid.round(x.double()), weight, bias, *window[1:])
+    return got, want
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_format(shape: tuple, isa: str) -> None:
+    batch, channels, height, width, out, *window = shape
+    generator = torch.Generator().manual_seed(0)
+    inputs = channels * window[0][0] * window[0][1]
+    x = torch.randn(batch, channels, height, width, generator=generator) + 0.3
+    pairs = zip(WEIGHTS * 2, itertools.chain(ACTIVATIONS, ACTIVATIONS[::-1]), strict=False)
+    for weight, activation in pairs:
+        q = nearest(torch.randn(out, inputs, generator=generator), QFormat.parse(weight))
+        got, want = product(q, x, activation, Window(*window), torch.arange(out) / out)
+        assert got.shape == want.shape and got.is_contiguous()
+        assert relative_error(want, got) < 3e-6, (weight, activation)
+        again, _ = product(q, x.contiguous(memory_format=torch.channels_last), activation,
+                           Window(*window), torch.arange(out) / out)  # fmt: skip
+        assert torch.equal(got, again)
+
+
+def test_nothing_saturates(isa: str) -> None:
+    assert choose_conv.self_test() is None
+
+
+def test_the_proof_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = choose_conv.prepare
+
+    def wrong(*arguments: object) -> Callable[[Tensor], Tensor]:
+        call = right(*arguments)
+        return lambda x: call(x).clamp(-1000, 1000)
+
+    monkeypatch.setattr(choose_conv, "prepare", wrong)
+    fmt, activation = map(QFormat.parse, choose_conv.PROOFS[0])
+    assert "on this CPU its sums are off" in str(choose_conv._proof(fmt, activation))
+
+
+@pytest.mark.parametrize("channels", [3, 32])
+def test_a_nan_is_where_it_is_read(channels: int) -> None:
+    x = torch.randn(2, channels, 9, 8, generator=torch.Generator().manual_seed(0))
+    x[1, 2, 4, 5] = torch.nan
+    q = nearest(torch.randn(16, channels * 9), QFormat.parse("int8:channel"))
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    call = choose_conv.prepare(
+        q, channels, None, QFormat.parse("int8:tensor"), Static(torch.tensor([0.05])), window
+    )
+    wrong = call(x).isnan()
+    assert wrong[1, :, 3:6, 4:7].all() and wrong.sum() == 16 * 9
+    call = choose_conv.prepare(
+        q, channels, None, QFormat.parse("int8:sample:dynamic"), Static(), window
+    )
+    wrong = call(x).isnan()
+    assert wrong[1].all() and not wrong[0].any()
+
+
+def test_operators_are_sound() -> None:
+    q = nearest(torch.randn(20, 16 * 9), QFormat.parse("int8:channel"))
+    fmt = QFormat.parse("uint8:tensor:asym")
+    static = Static(torch.tensor([0.05]), torch.tensor([131], dtype=torch.int16))
+    call = choose_conv.prepare(q, 16, None, fmt, static, Window((3, 3), (2, 2), (1, 1), (1, 1)))
+    x = torch.randn(2, 16, 7, 6)
+    for last in (False, True):
+        more = {"residual": torch.randn(2, 20, 4, 3), "relu": True, "last": last}
+        arguments = (x, *call.parameters.values(), *call.constants)
+        torch.library.opcheck(call.operator, arguments, more)
+        y = call.operator(*arguments, **more)
+        order = torch.channels_last if last else torch.contiguous_format
+        assert y.is_contiguous(memory_format=order)
+        plain = call.operator(*arguments)
+        torch.testing.assert_close(y, (plain + more["residual"]).relu())
+    torch.library.opcheck(torch.ops.qc_cpu.mean.default, (x, True))
+    torch.testing.assert_close(torch.ops.qc_cpu.mean(x, False), x.mean((2, 3)))
+    assert call(x[:0]).shape == (0, 20, 4, 3)
+    assert point_of(fmt, static) == 3
+
+
+# -- programs ---------------------------------------------------------------------------------
+
+
+def compiled(
+    model: nn.Module, inputs: Tensor, dynamic: object = None, formats: str = STATIC
+) -> qcompiler.Compiled:
+    passes = f"canonicalize{{optional=true}},fold{{optional=true}},{formats}"
+    backend = get_backend("cpu").only("conv", "integer")
+    return qcompiler.compile(
+        model.eval(), inputs, passes=passes, backend=backend, dynamic=dynamic, data=[inputs]
+    )
+
+
+class Net(nn.Module):
+    """Three convolutions with a function in between."""
+
+    def __init__(self, function: Callable[..., Tensor], width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, width, 3, 1, 1)
+        self.three = nn.Conv2d(width, width, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.one, self.two, self.three)
+
+
+NETS: dict[str, Callable[..., object]] = {
+    "a chain": lambda x, f, g, h: h(g(f(x).relu()).relu()),
+    "a block": lambda x, f, g, h: h((g(y := f(x).relu()) + y).relu()),
+    "two that read one": lambda x, f, g, h: g(y := f(x)) + h(y),
+    "a sum on the right": lambda x, f, g, h: h((y := f(x)) + g(y)),
+    "a sum of two sizes": lambda x, f, g, h: h(g(f(x)) + torch.ones(1, 32, 1, 1)),
+    "a value that is read and returned": lambda x, f, g, h: (y := f(x), g(y)),
+    "a view": lambda x, f, g, h: g(f(x)).relu().view(x.shape[0], -1),
+    "a view of the input": lambda x, f, g, h: (x.view(x.shape[0], -1), f(x)),
+    "pools": lambda x, f, g, h: h(nn.functional.max_pool2d(f(x).relu(), 2)).mean((2, 3)),
+    "a mean that keeps": lambda x, f, g, h: h(f(x)).mean((-1, -2), True).flatten(1),
+    "a mean over lines": lambda x, f, g, h: h(f(x)).mean(-1),
+    "a permutation": lambda x, f, g, h: h(f(x)).flatten(2).transpose(1, 2),
+    "its own input as residual": lambda x, f, g, h: h(y := f(x)) + y + g(y),
+    "an image that is read late": lambda x, f, g, h: g(g(g(y := f(x)))) + h(y),
+    "an operator of torch": lambda x, f, g, h: nn.functional.conv2d(
+        h(f(x)), torch.ones(32, 1, 1, 1), groups=32
+    ).view(x.shape[0], -1),
+    "constants": lambda x, f, g, h: h(torch.ones(1, 32, 4, 4)) + f(x).mean(),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [*((name, 32) for name in NETS), ("a chain", 20), ("a block", 20), ("two that read one", 20)],
+)
+def test_programs(name: str, width: int, dynamic: object) -> None:
+    """Kernels by themselves, and the reference with the same roundings, on two threads as well."""
+    x = torch.randn(2, 3, 16, 12, generator=torch.Generator().manual_seed(1))
+    made = compiled(Net(NETS[name], width), x, dynamic)
+    assert sum(k == "conv" for k in made.kernels.values()) >= 1
+    for seed in (3, 4):
+        inputs = random_inputs(made.program.io, seed)
+        want = made.program.flat(inputs)
+        # A last digit may turn a rounding the other way: by one step, in few places.
+        got = made.artifact.run(inputs)
+        assert relative_error(want, got) < 5e-3
+        assert [y.stride() for y in got] == [y.stride() for y in want]
+        plain = made.lowered.program.flat(inputs)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            try:
+                got = made.artifact.run(inputs)
+            finally:
+                torch.set_num_threads(1)
+            assert all(map(torch.equal, plain, got))
+
+
+def settled(made: qcompiler.Compiled) -> tuple[int, list[ConvCall]]:
+    """How often numbers are rounded in a run, and its convolutions."""
+    program = Settled(made.lowered.program, 1)
+    calls = program.names.values()
+    return sum(isinstance(c, RoundCall) for c in calls), [
+        c for c in calls if isinstance(c, ConvCall)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "rounded", "written"),
+    [
+        ("a chain", 1, 1),  # nothing but the result is ever written as numbers
+        ("a block", 1, 2),
+        ("two that read one", 1, 2),
+    ],
+)
+def test_codes_are_handed_on(name: str, rounded: int, written: int) -> None:
+    function = NETS[name]
+    net = Net(lambda *given: function(*given).mean((2, 3)))
+    made = compiled(net, torch.randn(1, 3, 16, 16), False)
+    rounds, calls = settled(made)
+    assert (rounds, sum(c.writes for c in calls), len(calls)) == (rounded, written, 3)
+
+
+def test_a_nan_is_handed_on() -> None:
+    x = torch.randn(1, 3, 24, 24)
+    net = Net(lambda x, f, g, h: g(f(x)).mean((2, 3)))
+    made = compiled(net, x, False)
+    assert not made.artifact.run((x,))[0].isnan().any()
+    x[0, 1, 5, 5] = torch.nan
+    assert made.artifact.run((x,))[0].isnan().all()
+    x[0, 1, 5, 5] = 0
+    assert not made.artifact.run((x,))[0].isnan().any()
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-static", "w8a8-dynamic"])
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_a_model(recipe: str, dynamic: object, isa: str) -> None:
+    module, example = zoo.build("cnn")
+    backend = get_backend("cpu").only("conv", "integer")
+    made = qcompiler.compile(module, example, recipe=recipe, backend=backend, dynamic=dynamic)
+    assert sum(k == "conv" for k in made.kernels.values()) == 7
+    for seed in (3, 4):
+        inputs = random_inputs(made.program.io, seed)
+        want, got = made.program.flat(inputs), made.artifact.run(inputs)
+        assert relative_error(want, got) < 5e-3
+
+
+def test_lines() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(6, 16, 5, 2, 2), nn.ReLU(), nn.Conv1d(16, 8, 3))
+    made = compiled(model, torch.randn(3, 6, 21))
+    assert list(made.kernels.values()) == ["conv", "conv"]
+    inputs = random_inputs(made.program.io, 3)
+    assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 5e-3
+
+
+def test_groups_stay_in_floating_point() -> None:
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 32, 3, groups=2))
+    passes = f"canonicalize{{optional=true}},{STATIC}"
+    x = torch.randn(1, 32, 8, 8)
+    made = qcompiler.compile(model.eval(), x, passes=passes, data=[x])
+    assert [k.partition("; ")[2] for k in made.kernels.values()] == [
+        "conv: takes one group of channels; found 32",
+        "conv: takes one group of channels; found 2",
+    ]
+
+
+def test_one_image_without_a_batch_stays_in_floating_point() -> None:
+    x = torch.randn(16, 8, 8)
+    program = qcompiler.capture(nn.Conv2d(16, 16, 3).eval(), x, dynamic=False)
+    scheme = Scheme(QFormat.parse("int8:sample"), QFormat.parse("int8:tensor"))
+    reason = get_backend("cpu").refuses(sites(program.nodes)[0], scheme)
+    assert reason == "conv: takes a batch of images; found one without a batch"
