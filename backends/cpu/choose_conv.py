@@ -59,6 +59,9 @@ def refuses(site: Site, scheme: Scheme) -> str | None:
         return None
     if _value(site).ndim != site.weight.meta["val"].ndim:
         return "takes a batch of images; found one without a batch"
+    block = scheme.activation.block if scheme.activation is not None else None
+    if block is not None and len(block) != _value(site).ndim - 1:
+        return f"takes one scale for each image, or for all; found {scheme.activation}"
     groups = window_of(site).groups
     if groups != 1:
         return f"takes one group of channels; found {groups}"

@@ -19,6 +19,7 @@ from qcompiler.backends.cpu.calls import scratch
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.conv_calls import ConvCall, Image, MeanCall, RoundCall
 from qcompiler.backends.cpu.window import Window, pitch
+from qcompiler.errors import BadInput
 from qcompiler.formats import QTensor
 
 _library = torch.library.Library("qc_cpu", "FRAGMENT")
@@ -79,6 +80,7 @@ def conv(
     result has its channels last in memory.
     """
     window = Window.of(kernel, stride, padding, dilation)
+    _check(x, weight, window)
     flat = x.ndim == 3
     source = channels_last(x.unsqueeze(2) if flat else x)
     batch, height, wide, channels = source.shape
@@ -98,6 +100,21 @@ def conv(
     y = y[..., :out].permute(0, 3, 1, 2)
     y = y.squeeze(2) if flat else y
     return y.to(x.dtype).contiguous(memory_format=_order(x, last))
+
+
+def _check(x: Tensor, weight: Tensor, window: Window) -> None:
+    """Kernels trust sizes: an image that is not the weight's would be read past its end."""
+    if x.ndim != 4 and (x.ndim, window.kernel[0]) != (3, 1):
+        raise BadInput(f"qc_cpu::conv takes a batch of images; found {tuple(x.shape)}")
+    height, wide = (1, x.shape[2]) if x.ndim == 3 else x.shape[2:]
+    if min(window.output(height, wide)) < 0:
+        raise BadInput(f"qc_cpu::conv: {tuple(x.shape)} is smaller than its kernel")
+    chunks = -(-width(x.shape[1], window.taps) // layout.CHUNK)
+    if chunks != weight.shape[1]:
+        raise BadInput(
+            f"qc_cpu::conv: {x.shape[1]} channels make {chunks} chunks of inputs; its weight has "
+            f"{weight.shape[1]}"
+        )
 
 
 def channels_last(x: Tensor) -> Tensor:

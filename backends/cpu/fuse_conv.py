@@ -128,5 +128,7 @@ def _flat(node: fx.Node) -> bool:
 
 def _mean(node: fx.Node) -> bool:
     """A mean over images, behind which nothing is left of their order."""
-    axes = node.args[1] if node.target is aten.mean.dim else None
+    if node.target is not aten.mean.dim or node.all_input_nodes[0].meta["val"].ndim != 4:
+        return False
+    axes = node.args[1]
     return isinstance(axes, list | tuple) and sorted(axes) in ([2, 3], [-2, -1])

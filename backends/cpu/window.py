@@ -72,7 +72,7 @@ class Geometry(NamedTuple):
     """0, 1, 2, …: the places of patches."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def geometry(batch: int, height: int, width: int, padding: Pair, window: Window) -> Geometry:
     """Of images of this size, held with at least the padding that the window wants."""
     size = window.output(height, width)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import qcompiler
 from qcompiler.backends.cpu.kernels import GENERATED, Static, point_of
 from qcompiler.check import relative_error
+from qcompiler.errors import BadInput
 from qcompiler.formats import Grid, QFormat, QTensor, Scheme
 from qcompiler.registry import get_backend
 from qcompiler.rounding import nearest
@@ -295,3 +296,22 @@ def test_one_image_without_a_batch_stays_in_floating_point() -> None:
     scheme = Scheme(QFormat.parse("int8:sample"), QFormat.parse("int8:tensor"))
     reason = get_backend("cpu").refuses(sites(program.nodes)[0], scheme)
     assert reason == "conv: takes a batch of images; found one without a batch"
+
+
+def test_an_image_that_is_not_the_weights_is_refused() -> None:
+    """Kernels trust sizes, and would write past their memory."""
+    window = Window((7, 7), (1, 1), (0, 0), (1, 1))
+    q = nearest(torch.randn(20, 3 * 49), QFormat.parse("int8:channel"))
+    call = choose_conv.prepare(q, 3, None, QFormat.parse("int8:tensor:dynamic"), Static(), window)
+    for shape, words in (
+        ((1, 8, 20, 20), "8 channels make"),
+        ((3, 20, 20), "takes a batch of images"),
+        ((1, 3, 2, 20), "smaller than its kernel"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            call(torch.randn(shape))
+
+
+def test_the_mean_of_a_large_image() -> None:
+    x = torch.full((1, 20, 1024, 1024), 0.1).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.ops.qc_cpu.mean(x, False), x.mean((2, 3)), rtol=1e-5, atol=0)

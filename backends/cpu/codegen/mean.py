@@ -16,6 +16,8 @@ from qcompiler.backends.cpu.codegen.isa import Isa
 
 POINTERS = ("x", "y")
 SIZES = ("images", "pixels", "channels")
+TOGETHER = 32
+"""Pixels that are summed before they are added to the others: large sums swallow digits."""
 
 
 @lru_cache(maxsize=16)
@@ -53,9 +55,20 @@ class _Mean:
         lanes: int,
     ) -> None:
         b, kind = code.b, vector(FLOAT, lanes)
-        total = code.variable(kind)
-        total.set(ir.Constant(kind, None))
-        with code.loop(0, given["pixels"]) as pixel:
-            total.set(b.fadd(total.get(), code.load(kind, source, code.mul(pixel, line))))
+        pixels, nothing = given["pixels"], ir.Constant(kind, None)
+        total, part, lost = (code.variable(kind) for _ in range(3))
+        total.set(nothing)
+        lost.set(nothing)
+        with code.loop(0, pixels, TOGETHER) as first:
+            part.set(nothing)
+            end = code.add(first, TOGETHER)
+            end = b.select(b.icmp_signed("<", end, pixels), end, pixels)
+            with code.loop(first, end) as pixel:
+                part.set(b.fadd(part.get(), code.load(kind, source, code.mul(pixel, line))))
+            # What the sum does not hold is added with the next part (Kahan 1965).
+            more = b.fsub(part.get(), lost.get())
+            sums = b.fadd(total.get(), more)
+            lost.set(b.fsub(b.fsub(sums, total.get()), more))
+            total.set(sums)
         count = code.splat(b.uitofp(given["pixels"], FLOAT), lanes)
         code.store(b.fdiv(total.get(), count), to)
