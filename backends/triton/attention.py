@@ -93,7 +93,7 @@ def _parts(
         unit *= norm
     else:
         query = cast(query, DTYPE)
-    length = tl.load(lengths + pair // heads)
+    length = tl.minimum(tl.load(lengths + pair // heads), capacity)
     part = tl.cdiv(tl.cdiv(length, pieces), TILE) * TILE
     keys += pair.to(tl.int64) * capacity * D
     values += pair.to(tl.int64) * capacity * D
@@ -165,7 +165,8 @@ def decode_attention(
     cache; cos and sin (capacity, d) turn keys that are kept before their rotary embedding."""
     if q.numel() == 0 or keys.numel() == 0:
         return torch.zeros_like(q)
-    q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
+    q, keys, values, lengths = (t.contiguous() for t in (q, keys, values, lengths))
+    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
     cache = (keys, values, k_scale.float().contiguous(), v_scale.float().contiguous())
     kind = (q.dtype, keys.dtype, k_scale.shape[-1] == 1, v_scale.shape[-1] == 1, cos is None)
     key = " ".join(map(str, ("attention", q.shape[1], tuple(keys.shape), *kind)))
@@ -211,6 +212,7 @@ def candidates(keys: Tensor) -> list[Config]:
     sequences, heads, capacity, _ = keys.shape
     made = []
     for tokens, warps, stages, programs in (
+        (32, 1, 1, 8),  # fits every GPU
         (64, 2, 3, 4),
         (64, 1, 3, 4),
         (32, 1, 2, 8),

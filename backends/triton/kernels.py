@@ -67,8 +67,9 @@ def _multiple(lanes: int) -> Callable[[QTensor], str | None]:
 
 def _whole_zeros(q: QTensor) -> str | None:
     zero = torch.zeros(1) if q.zero is None else q.zero.float()
-    if not torch.equal(zero, zero.round()) or zero.min() < -8 or zero.max() > 64:
-        return "takes whole zero points from -8 to 64; found others"
+    least = -8 if q.format.signed else 0
+    if not torch.equal(zero, zero.round()) or zero.min() < least or zero.max() > 64:
+        return f"takes whole zero points from {least} to 64; found others"
     return _multiple(32)(q)
 
 

@@ -2,7 +2,7 @@
 
 linear( fakequant(x), dequantize(q, s), b )            →  linear_scaled( *round_rows(x), q, s, b )
 linear( fakequant(hadamard(x)), dequantize(q, s), b )  →  linear_scaled( *turn_rows(x), q, s, b )
-linear( x, dequantize(q, s), b )                       →  linear_w4a16(x, q, s, b)
+linear( x, dequantize(q, s), b )                       →  linear_decoded(x, q, s, b)
 
 Layers that read one activation, as queries, keys and values do, share its rounding.
 """

@@ -50,7 +50,7 @@ def units(q: QTensor, unit: int) -> Weight:
     tensors = {"units": packed, "scale": layout.pack_scales(_silenced(q), rows, groups)}
     # Codes of int4 stand for numbers from -8 on, so that these need no zero point.
     if q.zero is not None or shift != (8 if kind == "int4" else 0):
-        zero = torch.zeros_like(q.scale) if q.zero is None else q.zero.float()
+        zero = torch.zeros_like(q.scale) if q.zero is None else q.zero.float().expand_as(q.scale)
         moved = layout.pack_scales(_sides(zero + shift, rows), rows, groups)
         whole = torch.equal(moved, moved.round()) and moved.min() >= 0 and moved.max() <= 127
         tensors["zero"] = moved.to(torch.uint8) if whole else moved
