@@ -23,6 +23,7 @@ from qcompiler.backends.cpu.codegen.linear import linear as linear_kernel
 from qcompiler.backends.cpu.codegen.rope import rope as rope_kernel
 from qcompiler.backends.cpu.codegen.rows import Rounding, rows
 from qcompiler.backends.cpu.codegen.tile import Spec
+from qcompiler.errors import BadInput
 from qcompiler.formats import QFormat
 
 ALONE = 1 << 19
@@ -120,6 +121,11 @@ class LinearCall:
         )  # fmt: skip
         full = layout.padded(width, how.unit)
         chunks, groups = full // layout.CHUNK, full // how.group if how.group else 1
+        if chunks != weight.shape[1]:  # kernels trust sizes
+            raise BadInput(
+                f"qc_cpu::linear: {width} inputs make {chunks} chunks of {layout.CHUNK}; its "
+                f"weight has {weight.shape[1]}"
+            )
         stride = full * (4 if how.floating else 1) + LINE
         threads = torch.get_num_threads() if tokens * width * padded > ALONE else 1
         members = threads if tokens * width > ALONE_ROWS else 1

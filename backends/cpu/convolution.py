@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,15 +128,12 @@ def _order(x: Tensor, last: bool) -> torch.memory_format:
     return torch.channels_last if last and x.ndim == 4 else torch.contiguous_format
 
 
-def _shape(
-    x: Tensor, *parameters: Tensor | str | int | Sequence[int] | None, last: bool = False,
-    **others: object,
-) -> Tensor:  # fmt: skip
+def _shape(x: Tensor, *parameters: Any, last: bool = False, **others: object) -> Tensor:
     *_, out, kernel, stride, padding, dilation = parameters
-    window = Window.of(kernel, stride, padding, dilation)  # type: ignore[arg-type]
+    window = Window.of(kernel, stride, padding, dilation)
     height, width = (1, x.shape[2]) if x.ndim == 3 else x.shape[2:]
     size = window.output(height, width)[-len(x.shape[2:]) :]
-    return x.new_empty((x.shape[0], out, *size)).contiguous(memory_format=_order(x, last))  # type: ignore[arg-type]
+    return x.new_empty((x.shape[0], out, *size)).contiguous(memory_format=_order(x, last))
 
 
 def mean(x: Tensor, keep: bool) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.conv_calls import MeanCall
 from qcompiler.backends.cpu.executor_conv import CONV, Convolutions, placed
 from qcompiler.backends.cpu.fuse_conv import anyhow
+from qcompiler.errors import BadInput
 from qcompiler.program import Program
 from qcompiler.run import last_readers
 from qcompiler.samples import Flat
@@ -158,7 +160,8 @@ class Settled:
             self._constant.add(node)
             return []
         if node in self._wanted:
-            self.lines.append(f"{self.place(node)}.copy_({node.name})")
+            fill = self.name(partial(_fill, node.name))
+            self.lines.append(f"{fill}({self.place(node)}, {node.name})")
         return [node.name]
 
     def _call(self, node: fx.Node) -> None:
@@ -224,7 +227,7 @@ class Settled:
         call = LinearCall(
             x, self.names[y], tuple(parameters), format, activation, self.work, **others
         )
-        self.values[node] = self.names[y][..., :out]  # type: ignore[index]
+        self.values[node] = self.names[y][..., :out]
         self.lines.append(f"{self.name(call)}()")
         return True
 
@@ -233,7 +236,7 @@ class Settled:
             return False
         x, cos, sin = self.given(node.args)
         like = torch.empty(x.shape, dtype=x.dtype, device="meta")
-        call = RopeCall(x, self.names[self.place(node, like)], cos, sin)  # type: ignore[arg-type]
+        call = RopeCall(x, self.names[self.place(node, like)], cos, sin)
         self.lines.append(f"{self.name(call)}()")
         return True
 
@@ -244,7 +247,7 @@ class Settled:
         image = x.permute(0, 2, 3, 1)
         if x.dtype != torch.float32 or not image.is_contiguous():
             return False
-        call = MeanCall(image, self.names[self.place(node)])  # type: ignore[arg-type]
+        call = MeanCall(image, self.names[self.place(node)])
         self.lines.append(f"{self.name(call)}()")
         return True
 
@@ -313,6 +316,16 @@ class Settled:
 
     def given(self, arguments: Any) -> Any:
         return fx.node.map_arg(arguments, lambda n: self.values[n])
+
+
+def _fill(name: str, place: Tensor, x: Tensor) -> None:
+    """Put an input in its place, which has the size that was captured."""
+    if x.shape != place.shape:
+        raise BadInput(
+            f"expected {name} of shape {tuple(place.shape)}, as the program was captured; found "
+            f"{tuple(x.shape)}; name the axis that varies (`dynamic`) when you compile"
+        )
+    place.copy_(x)
 
 
 def _known(node: fx.Node) -> bool:

@@ -29,7 +29,7 @@ from qcompiler.backends.triton.codes import E4M3, INT8, cast, dot, number
 from qcompiler.backends.triton.operators import operator
 from qcompiler.backends.triton.rows import ROUND
 from qcompiler.backends.triton.runtime import processors
-from qcompiler.backends.triton.tune import Config, best
+from qcompiler.backends.triton.tune import Config, best, bucket
 from qcompiler.backends.triton.widen import floats
 
 LEAST = 16
@@ -169,7 +169,8 @@ def decode_attention(
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
     cache = (keys, values, k_scale.float().contiguous(), v_scale.float().contiguous())
     kind = (q.dtype, keys.dtype, k_scale.shape[-1] == 1, v_scale.shape[-1] == 1, cos is None)
-    key = " ".join(map(str, ("attention", q.shape[1], tuple(keys.shape), *kind)))
+    *most, capacity, d = keys.shape  # which grows by a token in each step
+    key = " ".join(map(str, ("attention", q.shape[1], *most, bucket(capacity), d, *kind)))
 
     def run(config: Config, tokens: Tensor) -> Tensor:
         return launch(config, q, *cache, tokens, cos, sin)
@@ -219,6 +220,6 @@ def candidates(keys: Tensor) -> list[Config]:
         (64, 4, 2, 4),
     ):
         pieces = programs * processors(keys.device) // (sequences * heads)
-        pieces = max(1, min(pieces, triton.cdiv(capacity, tokens)))
+        pieces = max(1, min(pieces, triton.cdiv(bucket(capacity), tokens)))
         made.append(Config(LEAST, tokens, split=pieces, warps=warps, stages=stages))
     return made

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +54,11 @@ def times(
         found = []
         for tokens in TOKENS:
             x = torch.randn(tokens, shape[1], device=device(), dtype=dtype)
-            found.append(seconds(lambda x=x: _run(kernel, x, tensors, weight, scheme)))  # type: ignore[misc]
+            found.append(seconds(partial(_run, kernel, x, tensors, weight, scheme)))
         return statistics.geometric_mean(found)
 
     about = f"{scheme} {shape} {dtype}"
-    return {k.name: remembered(f"{k.name} {about}", lambda k=k: measure(k)) for k in kernels}  # type: ignore[misc]
+    return {k.name: remembered(f"{k.name} {about}", partial(measure, k)) for k in kernels}
 
 
 def _run(

@@ -75,7 +75,8 @@ def launch(
         tokens, width, rows, padded, padded * lanes, lanes, blocks, part,
         SPAN=group // lanes, SHARED=math.gcd(planes, group // lanes), PLANES=planes, LANES=lanes,
         KIND=KINDS[kind].value, ZERO=0 if zero is None else 1 if whole else 2, EVEN=even,
-        DTYPE=FACTORS[x.dtype], ROWS=config.rows, TOKENS=config.tokens, EARLY=early, **options,
+        ONE=x.dtype == torch.int8 and scale.shape[0] == 1, DTYPE=FACTORS[x.dtype],
+        ROWS=config.rows, TOKENS=config.tokens, EARLY=early, **options,
     )  # fmt: skip
     return y[0] if split == 1 else sum_parts(y, bias, dtype)
 

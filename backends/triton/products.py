@@ -2,7 +2,8 @@
 
 The weight is the left operand, (rows, lanes) of one plane; activations, (lanes, tokens), the right
 one. Codes enter the product as exact small numbers, and the scale of a group multiplies its sum: of
-16-bit activations in float32, of int8 in int32, exactly.
+16-bit activations in float32, of int8 in int32, exactly: over all inputs of a part where a row has
+one scale (`ONE`), else over a group, a block at a time.
 
 `few`    a few tokens, where reading the weight is what takes time. Each warp of a program takes
          blocks of its own, so that a multiprocessor has much in flight while a program has few
@@ -23,8 +24,6 @@ from qcompiler.backends.triton.codes import cast, decode, dot
 from qcompiler.backends.triton.runtime import capability
 from qcompiler.backends.triton.tune import traced
 
-EARLY = True
-"""Whether kernels start while those in front of them end, where the GPU can."""
 LINE = tl.constexpr(64)
 """Units of 16 bits in a line of the L2 cache."""
 VARIED = ("tokens", "blocks", "part")
@@ -33,7 +32,7 @@ VARIED = ("tokens", "blocks", "part")
 
 def may_start_early(weight: Tensor) -> bool:
     """Whether a kernel on this weight can be launched so; compilers do not know such launches."""
-    return EARLY and not traced(weight) and capability(weight.device)[0] >= 9
+    return not traced(weight) and capability(weight.device)[0] >= 9
 
 
 @triton.jit
@@ -59,8 +58,9 @@ def few(
     x, x_scale, units, scale, zero, bias, y,
     tokens, width, rows, padded, block_step, row_step, blocks, part,
     SPAN: tl.constexpr, SHARED: tl.constexpr, PLANES: tl.constexpr, LANES: tl.constexpr,
-    KIND: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of (rows, tokens), summed over `part` blocks from program_id(2) on. Blocks of a row
     are `block_step` units apart, rows `row_step`; SPAN is a group in planes, and SHARED planes of a
@@ -75,7 +75,7 @@ def few(
     token = tl.minimum(m, tokens - 1)[None, None, :] * width
     inner = (g * PLANES * LANES)[:, None, None] + p[None, :, None]
     SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
-    acc = tl.zeros((WARPS, ROWS, TOKENS), tl.float32)
+    acc = tl.zeros((WARPS, ROWS, TOKENS), SUM if ONE else tl.float32)
     for block in range(start, tl.minimum(start + part, blocks), WARPS):
         inside = (block + g < blocks)[:, None]
         if EVEN:
@@ -85,15 +85,12 @@ def few(
         for first in tl.static_range(0, PLANES, SHARED):
             side = (((block + g) * PLANES + first) // SPAN * padded)[:, None] + n[None, :]
             z = 0
-            if EVEN:
-                s = tl.load(scale + side).to(tl.float32)
-                if ZERO:
-                    z = tl.load(zero + side)[:, :, None]
-            else:
-                s = tl.load(scale + side, mask=inside, other=0.0).to(tl.float32)
-                if ZERO:
-                    z = tl.load(zero + side, mask=inside, other=0)[:, :, None]
-            sums = tl.zeros((WARPS, ROWS, TOKENS), SUM)
+            if not ONE:
+                s = tl.load(scale + side, mask=None if EVEN else inside, other=None if EVEN else 0)
+            if ZERO:
+                z = tl.load(zero + side, mask=None if EVEN else inside, other=None if EVEN else 0)
+                z = z[:, :, None]
+            sums = acc if ONE else tl.zeros((WARPS, ROWS, TOKENS), SUM)
             for j in tl.static_range(first, first + SHARED):
                 k = (block * PLANES + j) * LANES + inner
                 if EVEN:
@@ -101,8 +98,11 @@ def few(
                 else:
                     a = tl.load(x + token + k, mask=k < width, other=0.0)
                 sums = dot(decode(unit, z, j, KIND, ZERO, DTYPE), a, sums)
-            acc += sums.to(tl.float32) * s[:, :, None]
-    _finish(tl.sum(acc, 0), x_scale, bias, y, n, m, tokens, rows)
+            if ONE:
+                acc = sums
+            else:
+                acc += sums.to(tl.float32) * s.to(tl.float32)[:, :, None]
+    _finish(tl.sum(acc, 0), x_scale, scale, bias, y, n, m, tokens, rows, ONE)
 
 
 @triton.jit(do_not_specialize=VARIED)
@@ -110,8 +110,8 @@ def many(
     x, x_scale, units, scale, zero, bias, y,
     tokens, width, rows, padded, block_step, row_step, blocks, part,
     SPAN: tl.constexpr, SHARED: tl.constexpr, PLANES: tl.constexpr, LANES: tl.constexpr,
-    KIND: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same, by all warps together."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -123,7 +123,7 @@ def many(
     left = units + n[:, None] * row_step + p[None, :]
     right = x + tl.minimum(m, tokens - 1).to(tl.int64)[None, :] * width + p[:, None]
     SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    acc = tl.zeros((ROWS, TOKENS), SUM if ONE else tl.float32)
     for block in range(start, tl.minimum(start + part, blocks)):
         unit = tl.load(left + block * block_step)
         for first in tl.static_range(0, PLANES, SHARED):
@@ -131,7 +131,7 @@ def many(
             z = 0
             if ZERO:
                 z = tl.load(zero + side)[:, None]
-            sums = tl.zeros((ROWS, TOKENS), SUM)
+            sums = acc if ONE else tl.zeros((ROWS, TOKENS), SUM)
             for j in tl.static_range(first, first + SHARED):
                 k = (block * PLANES + j) * LANES
                 if EVEN:
@@ -139,15 +139,21 @@ def many(
                 else:
                     a = tl.load(right + k, mask=k + p[:, None] < width, other=0.0)
                 sums = dot(decode(unit, z, j, KIND, ZERO, DTYPE), a, sums)
-            acc += sums.to(tl.float32) * tl.load(scale + side).to(tl.float32)[:, None]
-    _finish(acc, x_scale, bias, y, n, m, tokens, rows)
+            if ONE:
+                acc = sums
+            else:
+                acc += sums.to(tl.float32) * tl.load(scale + side).to(tl.float32)[:, None]
+    _finish(acc, x_scale, scale, bias, y, n, m, tokens, rows, ONE)
 
 
 @triton.jit
-def _finish(acc, x_scale, bias, y, n, m, tokens, rows):
-    """Scales of tokens, bias and the store of a tile (rows, tokens)."""
+def _finish(acc, x_scale, scale, bias, y, n, m, tokens, rows, ONE: tl.constexpr):
+    """Scales of tokens, and of rows that have one, bias and the store of a tile (rows, tokens)."""
+    acc = acc.to(tl.float32)
     if x_scale is not None:
         acc *= tl.load(x_scale + m, mask=m < tokens, other=0.0)[None, :]
+    if ONE:
+        acc *= tl.load(scale + n).to(tl.float32)[:, None]
     if bias is not None:
         acc += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
     at = (tl.program_id(2).to(tl.int64) * tokens + m[None, :]) * rows + n[:, None]

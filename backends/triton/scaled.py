@@ -107,7 +107,7 @@ def linear_scaled(
         flat, weight = flat.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
     given = (flat, x_scale, weight, scale, bias, y, rows)
     key = f"scaled {bucket(flat.shape[0])} {tuple(weight.shape)} {flat.dtype} {dtype}"
-    launch(best(key, weight, candidates(flat), lambda c: launch(c, *given)), *given)
+    launch(best(key, weight, candidates(flat, weight), lambda c: launch(c, *given)), *given)
     return y
 
 
@@ -131,7 +131,7 @@ def launch(
             x, x_scale, weight, scale, None, bias, y,
             tokens, width, rows, 0, FEW_LANES, width, blocks, triton.cdiv(blocks, config.warps)
             * config.warps, SPAN=blocks, SHARED=1, PLANES=1, LANES=FEW_LANES, KIND=PLAIN.value,
-            ZERO=0, EVEN=even, DTYPE=tl.int8, ROWS=config.rows, TOKENS=config.tokens,
+            ZERO=0, ONE=True, EVEN=even, DTYPE=tl.int8, ROWS=config.rows, TOKENS=config.tokens,
             WARPS=config.warps, EARLY=early, num_warps=config.warps, num_stages=config.stages,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
@@ -148,7 +148,7 @@ def launch(
         )
 
 
-def candidates(x: Tensor) -> list[Config]:
+def candidates(x: Tensor, weight: Tensor) -> list[Config]:
     """The first fits every GPU; those with descriptors are for Hopper and later ones."""
     tokens = x.shape[0]
     if tokens <= 16:
@@ -160,7 +160,8 @@ def candidates(x: Tensor) -> list[Config]:
         return [
             Config(64, 16, 128, stages=4),
             Config(32, 16, 128, warps=2, stages=5),
-            *(apart if x.dtype == torch.int8 else ()),
+            # They count in 32 bits what comes before a row.
+            *(apart if x.dtype == torch.int8 and weight.numel() < 2**31 else ()),
         ]
     if tokens <= 64:
         return [Config(64, 64, 128, stages=4), Config(128, 64, 128, stages=4)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def best(
         return min(candidates, key=lambda c: known[str(c)])
     if traced(weight) or torch.cuda.is_current_stream_capturing() or len(candidates) == 1:
         return first
-    times = {str(c): seconds(lambda c=c: run(c)) for c in candidates}  # type: ignore[misc]
+    times = {str(c): seconds(partial(run, c)) for c in candidates}
     cache.put(key, times)
     return min(candidates, key=lambda c: times[str(c)])
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import qcompiler
 from qcompiler.backends.cpu.kernels import GENERATED
 from qcompiler.check import relative_error
+from qcompiler.errors import BadInput
+from qcompiler.registry import get_backend
 from qcompiler.samples import random_inputs
 
 pytestmark = pytest.mark.skipif(not GENERATED, reason="llvmlite is not installed")
@@ -181,3 +183,16 @@ def test_another_number_of_threads() -> None:
         assert torch.equal(made(x), want)
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_input_of_another_size_is_refused() -> None:
+    """Neither spread over the place of the one that was captured, nor read past its end."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    backend = get_backend("cpu").only("integer")
+    made = qcompiler.compile(
+        model, torch.randn(4, 64), recipe="w8a8-dynamic", backend=backend, dynamic=False
+    )
+    with pytest.raises(BadInput, match=r"of shape \(4, 64\).*found \(1, 64\)"):
+        made.artifact.run((torch.randn(1, 64),))
+    with pytest.raises(BadInput, match="32 inputs make 1 chunks"):
+        made.module()(torch.randn(4, 32))

@@ -53,7 +53,8 @@ POINTERS |= dict.fromkeys(("parts", "x_scale", "scales", "k_scale", "v_scale"), 
 POINTERS |= dict.fromkeys(("out", "peak", "mass", "cos", "sin"), "*fp32")
 POINTERS |= dict.fromkeys(("codes", "keys", "values", "left", "right"), "*i8")
 POINTERS |= {"q": "*bf16", "lengths": "*i32", "norm": "fp32", "zero": "*u8", "bias": "*bf16"}
-GROUPED = {"SPAN": 2, "SHARED": 2, "PLANES": 4, "LANES": 64, "EVEN": True, "EARLY": False}
+GROUPED = {"SPAN": 2, "SHARED": 2, "PLANES": 4, "LANES": 64, "ONE": False}
+GROUPED |= {"EVEN": True, "EARLY": False}
 SHORT = GROUPED | {"DTYPE": tl.bfloat16, "x_scale": None}
 BYTES = GROUPED | {"PLANES": 2, "DTYPE": tl.int8, "x": "*i8", "units": "*u8", "KIND": 0}
 FEW = {"ROWS": 32, "TOKENS": 1, "WARPS": 4}
@@ -80,6 +81,7 @@ KERNELS = {
     "int8, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 2, "PLANES": 2}),
     "e4m3, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 3, "PLANES": 2}),
     "int4 and int8": (products.few, BYTES | FEW | PLAIN),
+    "int4 and int8, one scale": (products.few, BYTES | FEW | PLAIN | {"ONE": True}),
     "int4 with zero points and int8": (products.many, BYTES | MANY | {"ZERO": 1}),
     "started early": (products.few, SHORT | FEW | PLAIN | {"KIND": 0, "EARLY": True}),
     "int8 pointers": (scaled._pointers, PRODUCT | {"x": "*i8", "scale": "*fp32"}),

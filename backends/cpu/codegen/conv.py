@@ -151,8 +151,7 @@ class _Strips(Loops):
             with code.loop(*parts) as part:
                 number = code.div(part, strips)
                 start = code.mul(code.add(part, code.mul(code.mul(number, strips), -1)), strip)
-                stop = code.add(start, strip)
-                stop = code.b.select(code.b.icmp_signed("<", stop, tokens), stop, tokens)
+                stop = code.smaller(code.add(start, strip), tokens)
                 block = code.add(first, code.mul(number, wide))
                 self._tokens(code, given, block, wide, start, stop)
 

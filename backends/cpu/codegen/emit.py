@@ -55,6 +55,11 @@ class Code:
         """Quotient of non-negative 64-bit integers."""
         return self.b.udiv(self.i64(a), self.i64(b))
 
+    def smaller(self, a: Number, b: Number) -> Value:
+        """The smaller of two 64-bit integers."""
+        a, b = self.i64(a), self.i64(b)
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)
+
     # -- control ------------------------------------------------------------------------------
 
     @contextmanager

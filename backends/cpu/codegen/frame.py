@@ -79,6 +79,15 @@ class Kernel:
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address)
         self._pack = struct.Struct(f"{size}q").pack
 
+    @classmethod
+    def of(
+        cls, name: str, isa: Isa, numbers: Sequence[str], pointers: Sequence[str], body: Body
+    ) -> Kernel:
+        """The kernel that `body` writes, in a module of its own."""
+        made = ir.Module(name)
+        entry(made, numbers, pointers, body)
+        return cls(made, isa, len(numbers) + len(pointers) + 1)
+
     def bound(self, *frame: int) -> Callable[[], None]:
         """A call with this frame: addresses, sizes, threads."""
         return partial(self._run, self._pack(*frame))

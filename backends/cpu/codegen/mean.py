@@ -11,7 +11,7 @@ from functools import lru_cache
 from llvmlite import ir
 
 from qcompiler.backends.cpu.codegen.emit import FLOAT, Code, Value, vector
-from qcompiler.backends.cpu.codegen.frame import Kernel, entry, share
+from qcompiler.backends.cpu.codegen.frame import Kernel, share
 from qcompiler.backends.cpu.codegen.isa import Isa
 
 POINTERS = ("x", "y")
@@ -23,9 +23,7 @@ TOGETHER = 32
 @lru_cache(maxsize=16)
 def mean(isa: Isa) -> Kernel:
     """The kernel, for float32. Frame: POINTERS, SIZES, threads."""
-    made = ir.Module("mean")
-    entry(made, SIZES, POINTERS, _Mean(isa).write)
-    return Kernel(made, isa, len(POINTERS) + len(SIZES) + 1)
+    return Kernel.of("mean", isa, SIZES, POINTERS, _Mean(isa).write)
 
 
 class _Mean:
@@ -61,9 +59,7 @@ class _Mean:
         lost.set(nothing)
         with code.loop(0, pixels, TOGETHER) as first:
             part.set(nothing)
-            end = code.add(first, TOGETHER)
-            end = b.select(b.icmp_signed("<", end, pixels), end, pixels)
-            with code.loop(first, end) as pixel:
+            with code.loop(first, code.smaller(code.add(first, TOGETHER), pixels)) as pixel:
                 part.set(b.fadd(part.get(), code.load(kind, source, code.mul(pixel, line))))
             # What the sum does not hold is added with the next part (Kahan 1965).
             more = b.fsub(part.get(), lost.get())

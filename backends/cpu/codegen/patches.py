@@ -15,7 +15,7 @@ from functools import lru_cache
 from llvmlite import ir
 
 from qcompiler.backends.cpu.codegen.emit import FLOAT, I8, I32, I64, Code, Value, vector
-from qcompiler.backends.cpu.codegen.frame import Kernel, entry, share
+from qcompiler.backends.cpu.codegen.frame import Kernel, share
 from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.backends.cpu.codegen.pixels import zero_of
 
@@ -32,9 +32,7 @@ SPANS = (16, 4, 1)
 def patches(isa: Isa, copied: bool, handed: bool) -> Kernel:
     """The kernel; `copied` is whether patches are copied, `handed` whether marks of outputs
     are taken back. Frame: POINTERS, SIZES, threads."""
-    made = ir.Module("patches")
-    entry(made, SIZES, POINTERS, _Patches(copied, handed).write)
-    return Kernel(made, isa, len(POINTERS) + len(SIZES) + 1)
+    return Kernel.of("patches", isa, SIZES, POINTERS, _Patches(copied, handed).write)
 
 
 class _Patches:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from llvmlite import ir
 
 from qcompiler.backends.cpu.codegen.emit import FLOAT, I8, I32, I64, Code, Value, vector
-from qcompiler.backends.cpu.codegen.frame import Kernel, entry, share
+from qcompiler.backends.cpu.codegen.frame import Kernel, share
 from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.backends.cpu.codegen.rows import Rounding, encode, scale_of
 
@@ -38,36 +38,28 @@ SIZES = ("images", "height", "width", "channels", "top", "left", "full_height", 
 def largest(isa: Isa) -> Kernel:
     """max |x| of each line, NaN where there is one. Frame: LARGEST_POINTERS, LARGEST_SIZES,
     threads."""
-    made = ir.Module("largest")
-    entry(made, LARGEST_SIZES, LARGEST_POINTERS, _Largest(isa).write)
-    return Kernel(made, isa, len(LARGEST_POINTERS) + len(LARGEST_SIZES) + 1)
+    return Kernel.of("largest", isa, LARGEST_SIZES, LARGEST_POINTERS, _Largest(isa).write)
 
 
 @lru_cache(maxsize=16)
 def scales(isa: Isa, rounding: Rounding) -> Kernel:
     """The scales of lines by their largest numbers. Frame: SCALES_POINTERS, SCALES_SIZES,
     threads."""
-    made = ir.Module("scales")
-    entry(made, SCALES_SIZES, SCALES_POINTERS, _Scales(rounding).write)
-    return Kernel(made, isa, len(SCALES_POINTERS) + len(SCALES_SIZES) + 1)
+    return Kernel.of("scales", isa, SCALES_SIZES, SCALES_POINTERS, _Scales(rounding).write)
 
 
 @lru_cache(maxsize=64)
 def pixels(isa: Isa, rounding: Rounding) -> Kernel:
     """The kernel; x (images, height, width, channels) float32 lies in this order. Frame: POINTERS,
     SIZES, threads."""
-    made = ir.Module("pixels")
-    entry(made, SIZES, POINTERS, _Pixels(isa, rounding).write)
-    return Kernel(made, isa, len(POINTERS) + len(SIZES) + 1)
+    return Kernel.of("pixels", isa, SIZES, POINTERS, _Pixels(isa, rounding).write)
 
 
 @lru_cache(maxsize=16)
 def borders(isa: Isa) -> Kernel:
     """The padding and the sums of pixels whose first `channels` codes are there already; the same
     frame."""
-    made = ir.Module("borders")
-    entry(made, SIZES, POINTERS, _Borders(isa, Rounding(0, static=True)).write)
-    return Kernel(made, isa, len(POINTERS) + len(SIZES) + 1)
+    return Kernel.of("borders", isa, SIZES, POINTERS, _Borders(isa, Rounding(0, static=True)).write)
 
 
 class _Largest:
