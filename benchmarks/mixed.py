@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompiler.allocate import greedy, improve, solve
-from qcompiler.planning.planned import short
 from qcompiler.planning.question import METRIC
+from qcompiler.planning.reasons import short
 from qcompiler.planning.units import FORMATS
 
 BUDGETS = "3,3.5,4,4.5,6"

@@ -19,7 +19,6 @@ from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.planning.make import make_plan
 from qcompiler.planning.question import METRIC, Question
-from qcompiler.planning.units import FORMATS
 from qcompiler.registry import get_backend, get_metric
 from qcompiler.sites import sites
 
@@ -35,8 +34,8 @@ class Allocate(Pass):
 
     budgets: tuple[str, ...] = ()
     """`4.2bits`, `60MB`, `0.7x-latency`, …"""
-    formats: tuple[str, ...] = FORMATS
-    """`weight` or `weight/activation`."""
+    formats: tuple[str, ...] = ()
+    """`weight` or `weight/activation`; without, what is usual for the budgets."""
     metric: str = METRIC
     agree: tuple[str, ...] = ()
     """`inputs`, `joins`, or patterns of ids that are given the same."""

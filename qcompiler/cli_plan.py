@@ -13,10 +13,10 @@ from qcompiler.cli_shared import calibration, progress, with_data
 from qcompiler.console import as_json, err, out, print_json
 from qcompiler.costs import Workload
 from qcompiler.planning.front import BEFORE, plan
-from qcompiler.planning.planned import Planned, short, size_text
+from qcompiler.planning.planned import Planned
 from qcompiler.planning.plots import plot_plan
 from qcompiler.planning.question import METRIC, Question
-from qcompiler.planning.units import FORMATS
+from qcompiler.planning.reasons import short, size_text
 from qcompiler.registry import get_metric
 
 MOST = 12
@@ -34,7 +34,10 @@ MOST = 12
 @click.option("--loss", type=float, help="Instead of budgets: the predicted loss that is allowed.")
 @click.option("-o", "--output", required=True, type=Path, help="TOML file to write.")
 @with_data
-@click.option("--formats", help="weight or weight/activation, with commas.")
+@click.option(
+    "--formats",
+    help="weight or weight/activation, with commas; else what is usual for the budgets.",
+)
 @click.option("--metric", default=METRIC, show_default=True, help="See `qcompiler metrics`.")
 @click.option("--backend", default="cpu", show_default=True)
 @click.option("--passes", default=BEFORE, show_default=True, help="What comes before.")
@@ -84,7 +87,7 @@ def plan_(
     question = Question(
         budgets=tuple(Budget.parse(b) for b in budgets),
         loss=loss,
-        formats=tuple(f.strip() for f in formats.split(",")) if formats else FORMATS,
+        formats=tuple(f.strip() for f in formats.split(",")) if formats else (),
         metric=get_metric(metric),
         agree=agree,
         include=include,

@@ -13,6 +13,7 @@ from qcompiler.allocate import Allocation, Problem
 from qcompiler.formats import Scheme
 from qcompiler.planning.file import Choice, PlanFile, scheme_texts
 from qcompiler.planning.question import Question
+from qcompiler.planning.reasons import why
 from qcompiler.planning.units import Units, scheme_of
 from qcompiler.sensitivity import Sensitivity
 
@@ -124,26 +125,8 @@ class Planned:
         return PlanFile(choices, about)
 
     def why(self, unit: int) -> str:
-        """What the choice at a site costs and saves beside its neighbours in size."""
-        k, options = self.allocation.choice[unit], self.problem.options[unit]
-        losses, sizes = self.problem.losses[unit], self.problem.costs["weight_bytes"][unit]
-        total, words = self.allocation.loss, []
-        smaller = [j for j in range(len(options)) if sizes[j] < sizes[k]]
-        larger = [j for j in range(len(options)) if sizes[j] > sizes[k]]
-        if smaller:
-            j = max(smaller, key=lambda j: sizes[j])
-            saved = losses[j] - losses[k]
-            words.append(
-                f"costs {size_text(sizes[k] - sizes[j])} more than {short(options[j])}, saves "
-                f"{_share(saved, total + saved)} of the total predicted loss"
-            )
-        if larger:
-            j = min(larger, key=lambda j: sizes[j])
-            words.append(
-                f"{short(options[j])} would cost {size_text(sizes[j] - sizes[k])} more and save "
-                f"{_share(losses[k] - losses[j], total)}"
-            )
-        return f"{short(options[k])}: {'; '.join(words) or 'the only candidate'}"
+        """The reason of a site's format, in words."""
+        return why(self.problem, self.allocation, unit)
 
     def slower(self) -> list[str]:
         """Sentences on the phases in which the plan takes longer than float."""
@@ -157,20 +140,3 @@ class Planned:
 
     def with_note(self, note: str) -> Planned:
         return replace(self, notes=(*self.notes, note))
-
-
-def size_text(count: float) -> str:
-    """`1.2 MB`, thousands as in files."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(count) >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def short(text: str) -> str:
-    """A format without how its scales are stored."""
-    return text.replace(":scale(fp16)", "").replace(":mirrored", "")
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole if whole and math.isfinite(whole) else 0.0:.1%}"

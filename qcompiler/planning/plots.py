@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qcompiler.allocate import front
 from qcompiler.errors import BadInput
-from qcompiler.planning.planned import Planned, short
+from qcompiler.planning.planned import Planned
+from qcompiler.planning.reasons import short
 
 POINTS = 24
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from qcompiler.allocate import Budget
 from qcompiler.costs import Workload
 from qcompiler.errors import BadInput
-from qcompiler.planning.units import FORMATS
+from qcompiler.planning.units import FASTER, FORMATS
 from qcompiler.registry import get_metric
 from qcompiler.sensitivity import Metric
 
@@ -23,8 +24,9 @@ class Question:
     budgets: tuple[Budget, ...] = ()
     loss: float | None = None
     """A target instead of budgets: the fewest bytes whose predicted loss is at most that."""
-    formats: tuple[str, ...] = FORMATS
-    """`weight` or `weight/activation`; `float` is one of them."""
+    formats: tuple[str, ...] = ()
+    """`weight` or `weight/activation`; `float` is one of them. None: what is usual for these
+    budgets (`units.py`)."""
     metric: Metric = field(default_factory=lambda: get_metric(METRIC))
     agree: tuple[str, ...] = ()
     """`inputs`, `joins`, patterns of ids: what must be given the same (see `units.py`)."""
@@ -41,6 +43,8 @@ class Question:
     """The best of all assignments, or what a descent from the best formats comes to."""
 
     def __post_init__(self) -> None:
+        if not self.formats:
+            object.__setattr__(self, "formats", usual(self.budgets))
         if self.budgets and self.loss is not None:
             raise BadInput("give budgets or a target for the loss, not both")
         if self.loss is not None and not self.loss > 0:
@@ -55,3 +59,9 @@ class Question:
     def times(self) -> bool:
         """Whether kernels are to be timed."""
         return self.timed or any(b.cost in TIMES for b in self.budgets)
+
+
+def usual(budgets: Sequence[Budget]) -> tuple[str, ...]:
+    """What is chosen from where the user names nothing."""
+    paced = any(b.cost in (*TIMES, "bitops") for b in budgets)
+    return (*FORMATS, *FASTER) if paced else FORMATS

@@ -35,6 +35,14 @@ FORMATS = (
     "int8:channel",
 )
 """What is chosen from unless the user says otherwise: weights of 2.5 to 8 bits."""
+FASTER = (
+    "int4:group128:mirrored:scale(fp16)/int8:token:dynamic",
+    "int4:group32:mirrored:scale(fp16)/int8:token:dynamic",
+    "int8:channel/int8:token:dynamic",
+    FLOAT,
+)
+"""What is chosen from besides where a budget is about time or arithmetic: products of integers, and
+float for sites where nothing is faster."""
 
 
 @dataclass(frozen=True)

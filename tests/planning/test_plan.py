@@ -126,6 +126,34 @@ def test_another_budget_runs_nothing(tmp_path: Path) -> None:
     assert planned(tmp_path, "5bits", formats=FORMATS[1:]).sensitivity.batches > 0
 
 
+def test_what_is_chosen_from_by_itself() -> None:
+    """Rounded activations where they save something, and float where nothing does."""
+    sizes, times = question("4bits", formats=()), question("4bits", "0.7x-decode", formats=())
+    assert set(sizes.formats) < set(times.formats)
+    assert "float" in times.formats and "int8:channel/int8:token:dynamic" in times.formats
+    assert not [f for f in sizes.formats if "/" in f or f == "float"]
+    assert question("0.7x-decode").formats == FORMATS
+
+
+def test_reasons_are_in_terms_of_what_binds(tmp_path: Path) -> None:
+    assert re.search(
+        r"costs \d+ bytes more than int4:group16, saves", _why(planned(tmp_path, "8bits"))
+    )
+    formats = ("int4:channel/int4:token:dynamic", "int8:channel/int8:token:dynamic")
+    found = planned(tmp_path, "0.02x-bitops", formats=formats)
+    assert "0.02x-bitops" in found.binding and re.search(
+        r"would cost [\d.]+ [kM]bitops more and save", _why(found)
+    )
+    alone = planned(tmp_path, "5bits", formats=FORMATS[:1])
+    assert alone.why(0) == "int2:group16: the only candidate"
+    two = planned(tmp_path, "32bits", formats=(FORMATS[2], f"{FORMATS[2]}/int2:token:dynamic"))
+    assert two.why(0) == "int8:channel: no other is cheaper or loses less"
+
+
+def _why(found: Planned) -> str:
+    return "\n".join(found.why(i) for i in range(len(found.problem.units)))
+
+
 def test_agreement(tmp_path: Path) -> None:
     free = planned(tmp_path, "3.5bits").texts
     assert len({free["q/linear#0"], free["k/linear#0"]}) == 2  # or the rest would say nothing
