@@ -119,7 +119,7 @@ def arguments() -> argparse.Namespace:
         "--formats", default=",".join(FORMATS), help="of ours; peers have their own"
     )
     parser.add_argument("--tokens", type=int, default=10240, help="for perplexity")
-    parser.add_argument("--pairs", action="store_true", help="plans with pairs too (many draws)")
+    parser.add_argument("--pairs", action="store_true", help="plans with pairs too")
     parser.add_argument("--gptq", action="store_true", help="also round by GPTQ")
     parser.add_argument(
         *("--peers",), type=lambda text: text.split(","), nargs="?", const=[*NAMES], default=[],

@@ -47,7 +47,7 @@ MOST = 12
 @click.option(
     "--include", multiple=True, type=click.Choice(["head", "embedding"]), help="Round these too."
 )
-@click.option("--pairs", is_flag=True, help="Count what two sites cost together: many more draws.")
+@click.option("--pairs", is_flag=True, help="Count what two sites cost together.")
 @click.option(
     "--solver", type=click.Choice(["exact", "greedy"]), default="exact", show_default=True
 )

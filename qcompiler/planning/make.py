@@ -34,8 +34,6 @@ from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sensitivity import Sensitivity, Study, measure
 
-DRAWS = 32
-"""Draws for each site where pairs are counted."""
 Accept = Callable[[Program], bool]
 Tell = Callable[[str, int, int], None]
 """(doing, done, of how many)"""
@@ -89,7 +87,6 @@ def make_plan(
         study,
         question.metric,
         batches,
-        least=DRAWS * len(found.sites) if question.pairs else 0,
         keep=None if keep is None else keep.under(question.metric, *study.columns),
         tick=lambda done, of: tell("measuring sensitivity", done, of),
     )

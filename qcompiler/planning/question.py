@@ -33,8 +33,7 @@ class Question:
     include: tuple[str, ...] = ()
     """`head`, `embedding`: what may be rounded besides."""
     pairs: bool = False
-    """Count what two sites cost together beyond the sum of both. It takes many more draws: from
-    few, a search finds pairs that only seem to help."""
+    """Count what two sites cost together beyond the sum of both."""
     workload: Workload = field(default_factory=Workload)
     timed: bool = True
     """Time the backend's kernels also where no budget is about time."""

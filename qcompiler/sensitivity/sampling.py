@@ -7,7 +7,6 @@ the same question asked again costs no run at all.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ from qcompiler.errors import BadInput
 from qcompiler.keep import Keep
 from qcompiler.samples import Flat
 from qcompiler.sensitivity.base import Metric, Sensitivity
+from qcompiler.sensitivity.pairs import shrunk
 from qcompiler.sensitivity.study import Study
 
 PRECISION = 0.05
@@ -35,25 +35,22 @@ def measure(
     *,
     precision: float = PRECISION,
     rounds: int = ROUNDS,
-    least: int = 0,
     keep: Keep | None = None,
     tick: Tick = lambda done, total: None,
 ) -> Sensitivity:
     """What each column of `study` costs by `metric`; `keep` is a folder for this very question.
-
-    At least `least` samples are drawn, if that takes rounds of more.
     """
     if not batches:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
     total = len(batches) * (rounds if metric.random else 1)
     drawn, known, before = _read(keep)
     done, written, start = known, time.monotonic(), time.perf_counter()
-    while not _ends(metric, drawn, done, total, precision, least):
+    while not _ends(metric, drawn, done, total, precision):
         new = metric.sample(study, batches[done % len(batches)], done).detach()
         _check(study, new)
         drawn = torch.cat([drawn, new]) if len(drawn) else new
         done += 1
-        tick(done, max(total, math.ceil(done * least / len(drawn))))
+        tick(done, total)
         if keep is not None and time.monotonic() - written > EVERY:
             _write(keep, drawn, done, before + time.perf_counter() - start)
             written = time.monotonic()
@@ -68,15 +65,11 @@ def measure(
         len(drawn),
         done - known,
         seconds,
-        _pairs(drawn) if metric.roots else None,
+        shrunk(drawn, [site for site, _ in study.columns]) if metric.roots else None,
     )
 
 
-def _ends(
-    metric: Metric, drawn: Tensor, done: int, total: int, precision: float, least: int
-) -> bool:
-    if metric.random and len(drawn) < least:
-        return False
+def _ends(metric: Metric, drawn: Tensor, done: int, total: int, precision: float) -> bool:
     return done >= total or (done >= 2 and _sure(metric, drawn, precision))
 
 
@@ -92,11 +85,6 @@ def _sure(metric: Metric, drawn: Tensor, precision: float) -> bool:
     means, errors = _moments(metric, drawn)
     felt = means > 0
     return not bool(felt.any()) or float((errors / means)[felt].median()) <= precision
-
-
-def _pairs(roots: Tensor) -> Tensor:
-    """2 E a_i a_j."""
-    return 2 * roots.T @ roots / len(roots)
 
 
 def _check(study: Study, new: Tensor) -> None:
