@@ -1,6 +1,6 @@
 """What two changes at once cost beyond the sum of both, from few draws.
 
-    pair_ij = 2 (1 - λ) E a_i a_j        λ = Σ Var r_ij / Σ r_ij²        r_ij: the correlation of draws
+    pair_ij = 2 (1 - λ) E a_i a_j        λ = Σ Var r_ij / Σ r_ij²        r_ij: correlation
 
 A root a_i of each draw squares to the loss of change i, so that (a_i + a_j)² is that of both. With
 few draws most of a correlation is chance, and a search over many pairs finds what only seems to

@@ -38,8 +38,7 @@ def measure(
     keep: Keep | None = None,
     tick: Tick = lambda done, total: None,
 ) -> Sensitivity:
-    """What each column of `study` costs by `metric`; `keep` is a folder for this very question.
-    """
+    """What each column of `study` costs by `metric`; `keep` is a folder for this very question."""
     if not batches:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
     total = len(batches) * (rounds if metric.random else 1)
