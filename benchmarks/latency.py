@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompiler import Program, Scheme, capture
-from qcompiler.compiled import lower
+from qcompiler.compiled import build
 from qcompiler.costs import Clock, Workload
-from qcompiler.edit import Edit
 from qcompiler.pipeline import run_pipeline
 from qcompiler.registry import get_backend, make_passes
+from qcompiler.rounded import rounded_program
+from qcompiler.samples import synthetic_data
 from qcompiler.schemes import fit
 from qcompiler.sites import sites
 from qcompiler.timing import floors
@@ -84,10 +84,10 @@ def compare(model: str, program: Program, backend: str, fresh: bool) -> list[Row
     """Rows of one program on one backend."""
     target = get_backend(backend)
     choices = assignments(program)
-    artifacts = {"float": target.build(lower(program, target, None, None)[0].program)}
+    artifacts = {"float": build(program, target)}
     for name, choice in choices.items():
-        quantized = run_pipeline(planned(program, choice), make_passes("quantize"))
-        artifacts[name] = target.build(lower(quantized, target, None, None)[0].program)
+        quantized = rounded_program(program, choice, list(synthetic_data(program.io)))
+        artifacts[name] = build(quantized, target)
     rows: list[Row] = []
     for length in LENGTHS:
         workload = Workload(prefill=length, decode=length == LENGTHS[0])
@@ -106,16 +106,6 @@ def compare(model: str, program: Program, backend: str, fresh: bool) -> list[Row
                 rows.append(row | {"measured": ratio, "error": predicted / ratio - 1})
                 print(json.dumps(rows[-1]), flush=True)
     return rows
-
-
-def planned(program: Program, choice: Mapping[str, Scheme]) -> Program:
-    """`program` with `choice` for its plan."""
-    edit = Edit(program, "assign")
-    for site in sites(edit.nodes):
-        if site.id in choice:
-            edit.spend(str(choice[site.id]), site.node)
-            edit.assign(site.node, choice[site.id])
-    return edit.seal()[0]
 
 
 def show(rows: list[Row]) -> None:

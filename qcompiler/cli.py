@@ -17,7 +17,7 @@ from qcompiler.cli_export import export
 from qcompiler.cli_lists import LISTS
 from qcompiler.cli_plan import plan_
 from qcompiler.cli_shared import bar, calibration, progress, tokenizer_of, with_data
-from qcompiler.compiled import Compiled, load
+from qcompiler.compiled import Compiled, build, load
 from qcompiler.compiled import compile as compile_model
 from qcompiler.console import as_json, err, out, print_json
 from qcompiler.data import read_batches
@@ -26,6 +26,7 @@ from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.evaluate import compare, perplexity, race
 from qcompiler.indices import check_indices
 from qcompiler.planning.file import read_plan
+from qcompiler.planning.front import BEFORE
 from qcompiler.program import Program
 from qcompiler.recipe import DEFAULT, load_recipe
 from qcompiler.registry import get_backend, make_passes
@@ -156,7 +157,7 @@ def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
     if spaces or kind:
         canonical = program
         if len(program.history) == 1:  # a fresh capture; the analysis reads the canonical form
-            passes = make_passes("canonicalize{optional=true}")
+            passes = make_passes(BEFORE)
             canonical = pipeline.run_pipeline(program, passes)
         found = find_spaces(canonical, kind or "diagonal")
         if json_:
@@ -289,7 +290,13 @@ def eval_(artifact: Path, data: Path, metric: str, batches: int | None, json_: b
 
 @main.command()
 @click.argument("artifact", type=Path)
-@click.option("--against", type=click.Choice(["float"]), default="float", show_default=True)
+@click.option(
+    "--against",
+    type=click.Choice(["float", "backend"]),
+    default="float",
+    show_default=True,
+    help="The float program as it was captured, or as this backend runs it.",
+)
 @click.option("--batch", default=1, show_default=True)
 @click.option("--sequence", default=64, show_default=True)
 @as_json
@@ -297,9 +304,13 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     """Time a compiled folder against the float program, in turn, on the same inputs."""
     saved, compiled = read(artifact), load(artifact)
     reference = _float_program(saved)
+    runs = {against: reference.flat, "quantized": compiled.artifact.run}
+    if against == "backend":
+        target = get_backend(saved.about.backend)
+        runs[against] = build(pipeline.run_pipeline(reference, make_passes(BEFORE)), target).run
     sizes = sizes_for(saved.program.io, batch, sequence)
     inputs = random_inputs(saved.program.io, 0, sizes)
-    times = race({against: reference.flat, "quantized": compiled.artifact.run}, inputs)
+    times = race(runs, inputs)
     result = {
         "float_seconds": times[against],
         "seconds": times["quantized"],
@@ -311,8 +322,9 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     if json_:
         print_json(result)
         return
+    words = "float" if against == "float" else f"float on {saved.about.backend}"
     out.print(
-        f"{sizes or 'fixed sizes'}: float {times[against] * 1e3:.2f} ms, quantized "
+        f"{sizes or 'fixed sizes'}: {words} {times[against] * 1e3:.2f} ms, quantized "
         f"{times['quantized'] * 1e3:.2f} ms: {result['speedup']:.2f} × float speed",
         markup=False,
     )

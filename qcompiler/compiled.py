@@ -232,6 +232,11 @@ def lower(
         return Lowered(replace(result, history=program.history), kernels, refused), notes
 
 
+def build(program: Program, backend: Backend) -> Artifact:
+    """A program as `backend` runs it, quantized or not: lowered and built, without any check."""
+    return backend.build(lower(program, backend, None, None)[0].program)
+
+
 def check_artifact(
     program: Program, artifact: Artifact, backend: Backend, capture: Program, inputs: Flat
 ) -> None:

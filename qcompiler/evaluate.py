@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from qcompiler.check import sqnr_db
 from qcompiler.errors import BadInput
 from qcompiler.samples import Flat
+from qcompiler.timing import floors
 
 Run = Callable[[Flat], tuple[object, ...]]
 
@@ -60,13 +60,6 @@ def _first_tensor(outputs: tuple[object, ...]) -> Tensor:
     return found[0]
 
 
-def race(contenders: dict[str, Run], inputs: Flat, rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each contender on the same inputs, run in turn: noise hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 2):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run(inputs)
-            if turn >= 2:  # the first turns warm up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def race(contenders: Mapping[str, Run], inputs: Flat) -> dict[str, float]:
+    """Seconds of each contender on the same inputs, run in turn (`timing.py`)."""
+    return floors({name: partial(run, inputs) for name, run in contenders.items()}, seconds=1.0)

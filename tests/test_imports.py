@@ -27,7 +27,7 @@ LAYERS = (
     "order",
     "backend pipeline lowering gather",
     "registry",
-    "recipe codec capture export skeleton",
+    "recipe codec capture export skeleton rounded",
     "show.account store",
     "compiled",
     "costs testing dynamo",

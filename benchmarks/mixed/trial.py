@@ -11,12 +11,12 @@ from accuracy.cases import Case, flat
 
 from qcompiler.allocate import Allocation, Budget, Problem, solve
 from qcompiler.pipeline import run_pipeline
-from qcompiler.planning.apply import rounded_program
 from qcompiler.planning.make import make_plan
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.question import METRIC, Question
 from qcompiler.program import Program
 from qcompiler.registry import get_backend, get_metric, make_passes
+from qcompiler.rounded import rounded_program
 from qcompiler.samples import Flat
 from qcompiler.sensitivity import Study
 from qcompiler.sensitivity.outputs import Rounded

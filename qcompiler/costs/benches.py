@@ -6,7 +6,7 @@ the whole program, so that what the machine does besides cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor, fx
 
 from qcompiler.backend import Artifact, Backend
 from qcompiler.capture import capture
-from qcompiler.compiled import lower
+from qcompiler.compiled import build as build_program
 from qcompiler.costs.layers import Bench, Layer, build, copies, copies_of, input_of, random_input
 from qcompiler.costs.workload import Phase, Workload
+from qcompiler.errors import BackendError, BadInput
 from qcompiler.formats import Scheme
 from qcompiler.program import Program
+from qcompiler.rounded import rounded_program
 from qcompiler.run import evaluate
 from qcompiler.sites import Site, sites
 from qcompiler.timing import floors
@@ -81,6 +83,21 @@ class Benches:
             return None
         return {phase: self._compare(site, bench, phase) for phase in self._workload.phases}
 
+    def together(self, chosen: Mapping[str, Scheme]) -> dict[Phase, float] | None:
+        """Time of the program with `chosen` in units of that in floating point; None if the backend
+        cannot build it."""
+        data = [self._workload.inputs(self._program, "prefill")]
+        try:
+            rounded = build_program(rounded_program(self._program, chosen, data), self._backend)
+        except (BackendError, BadInput):
+            return None
+        return {phase: self._race(rounded, phase) for phase in self._workload.phases}
+
+    def _race(self, artifact: Artifact, phase: Phase) -> float:
+        x = self._workload.inputs(self._program, phase)
+        found = floors({"float": partial(self._whole.run, x), "own": partial(artifact.run, x)})
+        return found["own"] / found["float"]
+
     def _compare(self, site: Site, bench: Bench, phase: Phase) -> float:
         plain, x = self._bench(site), self._input(site, phase)
         found = floors(
@@ -128,13 +145,10 @@ class Benches:
 
     @cached_property
     def _whole(self) -> Artifact:
-        return self._artifact(self._program)
+        return build_program(self._program, self._backend)
 
     @cached_property
     def _empty(self) -> Run:
         """A call that does next to nothing."""
         x = torch.zeros(2, 1)
-        return partial(self._artifact(capture(torch.nn.ReLU(), x)).run, (x,))
-
-    def _artifact(self, program: Program) -> Artifact:
-        return self._backend.build(lower(program, self._backend, None, None)[0].program)
+        return partial(build_program(capture(torch.nn.ReLU(), x), self._backend).run, (x,))

@@ -16,23 +16,18 @@ from torch import Tensor, fx
 
 from qcompiler.backend import Artifact, Backend
 from qcompiler.capture import capture
-from qcompiler.compiled import lower
+from qcompiler.compiled import build as build_program
 from qcompiler.costs.size import weight_bytes
-from qcompiler.edit import Edit
 from qcompiler.errors import BackendError, BadInput
 from qcompiler.formats import Scheme
-from qcompiler.pipeline import run_pipeline
 from qcompiler.program import Program
-from qcompiler.registry import make_passes
-from qcompiler.samples import Flat
+from qcompiler.rounded import rounded_program
 from qcompiler.sites import Site, site_of, sites
 
 MOST = 16
 """Copies of a site."""
 CACHED = 64 * 2**20
 """Bytes beyond which no cache holds the weights."""
-QUANTIZE = "quantize{budget=1e9}"
-"""Random weights in few bits may be off by more than they are large; only the time counts."""
 
 Shape = tuple[int, ...]
 
@@ -142,24 +137,13 @@ def copies(site: Site, layer: Layer, count: int, x: Tensor) -> Program:
 
 def build(program: Program, scheme: Scheme, backend: Backend, x: Tensor) -> Bench | None:
     """`copies` with `scheme` as `backend` runs them; None if it has no way to."""
-    found, inputs = sites(program.nodes), len(program.io.ports)
-    if scheme == Scheme():
-        return _built(program, backend, inputs, len(found))
-    edit = Edit(program, "assign")
-    for site in sites(edit.nodes):
-        edit.spend(str(scheme), site.node)
-        edit.assign(site.node, scheme)
-    batch: Flat = (x,) * inputs
+    inputs, chosen = len(program.io.ports), {s.id: scheme for s in sites(program.nodes)}
     try:
-        program = run_pipeline(edit.seal()[0], make_passes(QUANTIZE), data=lambda: [batch])
-        return _built(program, backend, inputs, len(found))
+        if scheme != Scheme():
+            program = rounded_program(program, chosen, [(x,) * inputs])
+        return Bench(build_program(program, backend), inputs, len(chosen))
     except (BackendError, BadInput):
         return None
-
-
-def _built(program: Program, backend: Backend, inputs: int, count: int) -> Bench:
-    lowered, _ = lower(program, backend, None, None)
-    return Bench(backend.build(lowered.program), inputs, count)
 
 
 def input_of(site: Site) -> fx.Node:

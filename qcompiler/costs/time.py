@@ -1,16 +1,23 @@
 """`Clock`: seconds of each site of a program under each scheme, measured on a backend.
 
-seconds(site, scheme) = seconds(site, float) · time(copies, scheme) / time(copies, float)
+alone(site, scheme)   = seconds(site, float) · time(copies, scheme) / time(copies, float)
+seconds(site, scheme) = alone(site, scheme) + glue
 seconds(program)      = rest + Σ seconds(site, scheme)
 rest                  = seconds(program, float) - Σ seconds(site, float)
+glue                  = (seconds(program, rounded) - rest - Σ alone(site, rounded)) / sites
 
 Rounding an activation, unpacking a weight and changes of layout are part of a site's time, as they
-are part of its program (`layers.py`).
+are part of its program (`layers.py`). What is not is what a backend makes of several: it rounds an
+activation in the norm or product before it, hands codes from one site to the next. So the whole
+program is run rounded, once with activations and once without, and each site that is rounded so has
+its share of the difference.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 
 from qcompiler.backend import Backend
@@ -24,6 +31,20 @@ from qcompiler.facts import Tick
 from qcompiler.formats import Scheme
 from qcompiler.program import Program
 from qcompiler.sites import Site
+
+
+class Family(Enum):
+    """Schemes that backends run alike."""
+
+    WEIGHTS = "weights"
+    ACTIVATIONS = "activations"
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> Family | None:
+        """None: in floating point."""
+        if scheme == FLOAT:
+            return None
+        return cls.WEIGHTS if scheme.activation is None else cls.ACTIVATIONS
 
 
 class Clock:
@@ -48,6 +69,7 @@ class Clock:
         self._cache = Cache(folder, environment(backend.name), fresh)
         self._benches = Benches(backend, program, self.workload)
         self._refused: set[tuple[Layer, Scheme]] = set()
+        self._rounded: dict[Family, dict[str, Scheme]] = {family: {} for family in Family}
         self._fingerprint = fingerprint(program)
 
     def prepare(self, choices: Mapping[str, Iterable[Scheme | None]]) -> None:
@@ -59,17 +81,45 @@ class Clock:
         }
         for done, ((_, scheme), id) in enumerate(wanted.items()):
             self._tick(done, len(wanted))
-            self.seconds(self._benches.sites[id], scheme, "prefill")
+            self._alone(self._benches.sites[id], scheme, "prefill")
+        for id, schemes in choices.items():
+            site = self._benches.sites[id]
+            timed = [
+                scheme
+                for scheme in schemes
+                if scheme is not None
+                and self._told(site, scheme, "prefill") is None
+                and self._alone(site, scheme, "prefill") is not None
+            ]
+            for family in Family:
+                if mine := [scheme for scheme in timed if Family.of(scheme) is family]:
+                    self._rounded[family][id] = mine[len(mine) // 2]
         self._tick(len(wanted), len(wanted))
 
     def seconds(self, site: Site, scheme: Scheme | None, phase: Phase) -> float | None:
-        """Seconds of the site in one run of the program; None if the backend refuses the scheme."""
+        """Seconds of the site in one run of the program; None if the backend refuses the scheme.
+
+        A small site that saves others their work may come to less than nothing."""
         scheme = scheme or FLOAT
-        known = self._backend.cost(site, scheme, self.tokens(site, phase))
+        alone, family = self._alone(site, scheme, phase), Family.of(scheme)
+        if alone is None or family is None or self._told(site, scheme, phase) is not None:
+            return alone
+        return alone + self._glue(family, phase)
+
+    def _told(self, site: Site, scheme: Scheme, phase: Phase) -> float | None:
+        """What the backend says by itself; None: it is to be measured."""
+        return self._backend.cost(site, scheme, self.tokens(site, phase))
+
+    def _alone(self, site: Site, scheme: Scheme, phase: Phase) -> float | None:
+        """The same of the site for itself."""
+        known = self._told(site, scheme, phase)
         if known is not None:
             return known
         ratio = 1.0 if scheme == FLOAT else self._ratio(site, scheme, phase)
-        return None if ratio is None else ratio * self._float(phase)[self._benches.key(site, phase)]
+        if ratio is None:
+            return None
+        found = self._float(phase)
+        return ratio * found[self._benches.key(site, phase)] * self._share(found, phase)
 
     def rest(self, phase: Phase, among: Collection[Site] | None = None) -> float:
         """Seconds of a run in floating point that go by outside `among` (all sites)."""
@@ -106,6 +156,35 @@ class Clock:
             found = self._benches.race(phase)
             self._cache.put(key, found)
         return found
+
+    def _glue(self, family: Family, phase: Phase) -> float:
+        """Seconds that a site takes beyond its own among others of the family.
+
+        Measured with such a scheme of each site that was prepared; 0 without any."""
+        rounded = self._rounded[family]
+        about = "".join(f"{id} {scheme}\n" for id, scheme in rounded.items())
+        digest = hashlib.sha256(about.encode()).hexdigest()
+        keys = {
+            p: f"{self._fingerprint} {p} {self.workload} {digest}" for p in self.workload.phases
+        }
+        found = self._cache.get(keys[phase])
+        if not isinstance(found, float):
+            measured = self._benches.together(rounded) if rounded else None
+            if measured is None:
+                return 0.0
+            for p, key in keys.items():
+                self._cache.put(key, measured[p])
+            found = measured[phase]
+        alone = self.rest(phase) + sum(
+            self._alone(site, rounded.get(id, FLOAT), phase) or 0.0
+            for id, site in self._benches.sites.items()
+        )
+        return (found * self._float(phase)["program"] - alone) / len(rounded)
+
+    def _share(self, found: Mapping[str, float], phase: Phase) -> float:
+        """1, or less where the sites by themselves took longer than the whole program."""
+        spent = sum(found[self._benches.key(s, phase)] for s in self._benches.sites.values())
+        return min(1.0, found["program"] / spent) if spent else 1.0
 
     def _ratio(self, site: Site, scheme: Scheme, phase: Phase) -> float | None:
         """What `Benches.compare` measures, once for all sites that are equal."""

@@ -25,12 +25,12 @@ from qcompiler.costs import Clock
 from qcompiler.errors import BadInput
 from qcompiler.formats import Scheme
 from qcompiler.keep import Keep
-from qcompiler.planning.apply import rounded_program
 from qcompiler.planning.costs import Costs, buildable, costs, first_of_each_weight
 from qcompiler.planning.planned import Pairs, Planned
 from qcompiler.planning.question import Question
 from qcompiler.planning.units import Units, units
 from qcompiler.program import Program
+from qcompiler.rounded import rounded_program
 from qcompiler.samples import Flat
 from qcompiler.sensitivity import Sensitivity, Study, measure
 

@@ -20,11 +20,11 @@ from qcompiler.backend import Backend
 from qcompiler.backends.reference import ReferenceBackend
 from qcompiler.cli import main
 from qcompiler.passes.allocate import Allocate
-from qcompiler.planning.apply import rounded_program
 from qcompiler.planning.front import plan
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.question import Question
 from qcompiler.registry import get_metric, make_passes
+from qcompiler.rounded import rounded_program
 
 FORMATS = ("int2:group16:scale(fp16)", "int4:group16:scale(fp16)", "int8:channel")
 

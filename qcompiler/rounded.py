@@ -1,4 +1,4 @@
-"""A program rounded as a plan says, to be measured for itself."""
+"""A program rounded as somebody says, to be measured for itself."""
 
 from __future__ import annotations
 
