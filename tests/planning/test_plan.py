@@ -328,6 +328,16 @@ def run(*words: str, ok: bool = True) -> str:
     return result.output
 
 
+def test_bench(place: Path) -> None:
+    """Beside the captured program, and beside what the same backend makes of it."""
+    run("compile", "made:net", "--recipe", "w8a8-dynamic", "-o", "out")
+    for against in ("float", "backend"):
+        found = json.loads(run("bench", "out", "--against", against, "--json"))
+        assert found["speedup"] == pytest.approx(found["float_seconds"] / found["seconds"])
+        assert found["bytes"] < found["float_bytes"]
+    assert "float on cpu" in run("bench", "out", "--against", "backend")
+
+
 PLAN = ("plan", "made:net", "--formats", ",".join(FORMATS), "--backend", "reference", "--no-time")
 
 
