@@ -16,7 +16,7 @@ its share of the difference.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class Clock:
         self._rounded: dict[Family, dict[str, Scheme]] = {family: {} for family in Family}
         self._fingerprint = fingerprint(program)
 
-    def prepare(self, choices: Mapping[str, Iterable[Scheme | None]]) -> None:
+    def prepare(self, choices: Mapping[str, Sequence[Scheme | None]]) -> None:
         """Measure all that `seconds` will be asked for: site id → its candidates."""
         wanted = {
             (self._benches.layers[id], scheme or FLOAT): id

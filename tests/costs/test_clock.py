@@ -77,6 +77,30 @@ def test_what_sites_take_adds_up(backend: str, model: str, captured: Captured) -
         assert others >= clock.rest(phase)
 
 
+def test_the_whole_rounded_is_what_it_took(
+    monkeypatch: pytest.MonkeyPatch, captured: Captured
+) -> None:
+    """What fusion saves is no layer's own: each site has its share, so that the total is right."""
+    runs: list[int] = []
+
+    def together(self: object, chosen: dict[str, Scheme]) -> dict[str, float]:
+        runs.append(len(chosen))
+        return {"prefill": 0.25, "decode": 0.5}
+
+    monkeypatch.setattr(bench_module.Benches, "together", together)
+    program = captured("llama")[2]
+    clock = Clock(get_backend("cpu"), program, WORK)
+    linears = [s for s in sites(program.nodes) if s.kind.name == "linear"]
+    choice = {s.id: fit(s, *INT8) for s in linears}
+    clock.prepare({id: (None, scheme) for id, scheme in choice.items()})
+    for phase, share in (("prefill", 0.25), ("decode", 0.5)):
+        plain = clock.total({}, phase)  # type: ignore[arg-type]
+        assert clock.total(choice, phase) == pytest.approx(share * plain)  # type: ignore[arg-type]
+        first = {linears[0].id: choice[linears[0].id]}
+        assert clock.total(first, phase) != pytest.approx(plain)  # type: ignore[arg-type]
+    assert runs == [len(linears)]
+
+
 def test_equal_sites_are_measured_once_and_remembered(
     captured: Captured, built: list[Scheme]
 ) -> None:
