@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from qcompiler.edit import copy_graph
+from qcompiler.errors import BadInput
 from qcompiler.io import Port, Signature
 from qcompiler.program import Program
 
 
-def as_module(program: Program) -> torch.fx.GraphModule:
+def as_module(program: Program) -> fx.GraphModule:
     """The program's operators under its own signature; parameters are buffers, not copied."""
     graph, copies = copy_graph(program.graph)
     holder = nn.Module()
@@ -29,9 +29,33 @@ def as_module(program: Program) -> torch.fx.GraphModule:
     for port, node in zip(program.io.ports, program.inputs, strict=True):
         if not port.is_tensor:  # a constant that was baked in: nobody reads it
             graph.erase_node(copies[node])
+        elif copies[node].users:
+            _expect(graph, copies[node], port)
     names, spec = _called(program.io)
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, spec, program.io.out_spec)))
-    return torch.fx.GraphModule(holder, graph, "Compiled")
+    return fx.GraphModule(holder, graph, "Compiled")
+
+
+def _expect(graph: fx.Graph, x: fx.Node, port: Port) -> None:
+    """Put a check of its sizes behind an input."""
+    sizes = tuple(size if isinstance(size, int) else None for size in port.shape)
+    users = list(x.users)
+    *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
+        seen = graph.call_function(_of_sizes, (x, str(port), sizes))
+    seen.meta.update(x.meta)
+    for user in users:
+        user.replace_input_with(x, seen)
+
+
+def _of_sizes(x: Tensor, port: str, sizes: tuple[int | None, ...]) -> Tensor:
+    """`x` as it is, if its sizes are those of the capture where these are fixed: what was lowered
+    for them may not notice others."""
+    if x.ndim != len(sizes) or any(
+        want is not None and want != have for want, have in zip(sizes, x.shape, strict=True)
+    ):
+        raise BadInput(f"input {port} does not take shape {list(x.shape)}")
+    return x
 
 
 def _called(io: Signature) -> tuple[list[str], pytree.TreeSpec]:

@@ -194,5 +194,9 @@ def test_an_input_of_another_size_is_refused() -> None:
     )
     with pytest.raises(BadInput, match=r"of shape \(4, 64\).*found \(1, 64\)"):
         made.artifact.run((torch.randn(1, 64),))
+    for width in (32, 63):  # 63 fill as many chunks of inputs as 64 do
+        with pytest.raises(BadInput, match=rf"does not take shape \[4, {width}\]"):
+            made.module()(torch.randn(4, width))
+    assert made.lowered is not None
     with pytest.raises(BadInput, match="32 inputs make 1 chunks"):
-        made.module()(torch.randn(4, 32))
+        made.lowered.program.flat((torch.randn(4, 32),))
