@@ -21,8 +21,6 @@ from qcompiler.samples import Flat
 from qcompiler.sensitivity import Study
 from qcompiler.sensitivity.outputs import Rounded
 
-HELDOUT = 4
-"""Batches that the loss is measured on."""
 Row = dict[str, object]
 Choice = tuple[int, ...]
 
@@ -111,7 +109,7 @@ class Trial:
 
     @cached_property
     def _unseen(self) -> list[Flat]:
-        return flat(self.case.program, self.case.heldout[:HELDOUT])
+        return flat(self.case.program, self.case.heldout)
 
 
 def within(plan: Planned, limit: float) -> Problem:
