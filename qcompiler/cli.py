@@ -25,6 +25,7 @@ from qcompiler.diff import Diff, diff
 from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.evaluate import compare, perplexity, race
 from qcompiler.indices import check_indices
+from qcompiler.keep import write_whole
 from qcompiler.planning.file import read_plan
 from qcompiler.planning.front import BEFORE
 from qcompiler.program import Program
@@ -32,6 +33,7 @@ from qcompiler.recipe import DEFAULT, load_recipe
 from qcompiler.registry import get_backend, make_passes
 from qcompiler.samples import random_inputs, sizes_for
 from qcompiler.show.account import Account
+from qcompiler.show.page import account_page
 from qcompiler.show.terminal import (
     print_diff,
     print_program,
@@ -186,13 +188,28 @@ def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
 @click.option("--stat", is_flag=True, help="Each step with its reasons.")
 @click.option("--show", "show_id", metavar="ID", help="What became of one node or parameter.")
 @click.option("--why", "why_id", metavar="ID", help="Why it was changed, or left alone.")
+@click.option(
+    "--html", "html", type=Path, metavar="FILE", help="All of it as a page that works from disk."
+)
 @as_json
 def diff_(
-    first: str, second: str | None, stat: bool, show_id: str | None, why_id: str | None, json_: bool
+    first: str,
+    second: str | None,
+    stat: bool,
+    show_id: str | None,
+    why_id: str | None,
+    html: Path | None,
+    json_: bool,
 ) -> None:
     """Show what the passes did to OUT; compare OUT@1 with OUT@3, two artifacts, or an .onnx file
     with what became of it."""
     account, at = _open_at(first)
+    if html is not None:
+        if second is not None or at is not None:
+            raise BadInput("--html takes the whole of one artifact, as in: diff OUT --html FILE")
+        write_whole(html, account_page(account, f"What qcompiler did to {first}"))
+        out.print(f"written to {html}", markup=False, highlight=False)
+        return
     if show_id or why_id:
         rows = account.show(show_id) if show_id else account.why(str(why_id))
         if json_:

@@ -12,7 +12,9 @@ from qcompiler.allocate import Budget
 from qcompiler.cli_shared import calibration, progress, with_data
 from qcompiler.console import as_json, err, out, print_json
 from qcompiler.costs import Workload
+from qcompiler.keep import write_whole
 from qcompiler.planning.front import BEFORE, plan
+from qcompiler.planning.page import plan_page
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.plots import plot_plan
 from qcompiler.planning.question import METRIC, Question
@@ -55,7 +57,8 @@ MOST = 12
 @click.option("--prefill", default=128, show_default=True, help="Tokens of a prompt.")
 @click.option("--no-decode", is_flag=True, help="The model is never run token by token.")
 @click.option("--no-time", is_flag=True, help="Leave the kernels untimed where no budget asks.")
-@click.option("--plot", type=Path, help="Draw the Pareto front and the bits by layer (PNG).")
+@click.option("--plot", type=Path, help="Draw the Pareto front and the bits by layer (PNG, SVG).")
+@click.option("--html", type=Path, help="All of it as a page that works from disk.")
 @as_json
 def plan_(
     model: str,
@@ -77,6 +80,7 @@ def plan_(
     no_decode: bool,
     no_time: bool,
     plot: Path | None,
+    html: Path | None,
     json_: bool,
 ) -> None:
     """Choose the format of each weight of MODEL within budgets, and write the plan to a file.
@@ -104,6 +108,8 @@ def plan_(
     planned.file().write(output)
     if plot is not None:
         plot_plan(planned, plot)
+    if html is not None:
+        write_whole(html, plan_page(planned, f"A plan for {model}"))
     if json_:
         print_json(as_row(planned))
         return

@@ -7,6 +7,7 @@ another key, and is never read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,3 +108,16 @@ def unpack_tensor(tensors: Tensors, stem: str, fmt: QFormat) -> QTensor:
         None if inner is None else unpack_tensor(tensors, f"{stem}.scale", inner),
     )
     return QTensor(tensors[f"{stem}.data"], grid)
+
+
+def write_whole(place: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    beside = place.with_name(f".{place.name}.{os.getpid()}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, "utf-8")
+        os.replace(beside, place)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise BadInput(f"{place} cannot be written: {error.strerror}") from error

@@ -28,7 +28,7 @@ LAYERS = (
     "backend pipeline lowering gather",
     "registry",
     "recipe codec capture export skeleton rounded",
-    "show.account store",
+    "show.account show.page store",
     "compiled",
     "costs testing dynamo",
     "planning",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qcompiler.errors import BadInput, unknown
 from qcompiler.formats import Scheme
+from qcompiler.keep import write_whole
 from qcompiler.schemes import FLOAT
 
 HEAD = """\
@@ -49,10 +50,7 @@ class PlanFile:
         lines = [HEAD, *(f"{k} = {_value(v)}" for k, v in self.about.items()), ""]
         for choice in self.choices:
             lines += ["[[choice]]", *(f"{k} = {_value(getattr(choice, k))}" for k in CHOICE), ""]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_name(f".{place.name}.part")
-        beside.write_text("\n".join(lines))
-        beside.replace(place)
+        write_whole(place, "\n".join(lines))
 
 
 def read_plan(place: Path) -> PlanFile:
@@ -60,7 +58,7 @@ def read_plan(place: Path) -> PlanFile:
     if not place.is_file():
         raise BadInput(f"no plan at {place}; make one with: qcompiler plan MODEL -o {place}")
     try:
-        raw = tomllib.loads(place.read_text())
+        raw = tomllib.loads(place.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{place} is no TOML: {error}") from error
     entries = raw.pop("choice", [])

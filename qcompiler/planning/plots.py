@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcompiler.allocate import front
 from qcompiler.errors import BadInput
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.reasons import short
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 POINTS = 24
 
 
 def plot_plan(planned: Planned, place: Path) -> None:
+    """Draw `figure_of` into a file, in the format of its ending."""
+    figure_of(planned).savefig(place, dpi=150)
+
+
+def figure_of(planned: Planned) -> Figure:
     """Predicted loss over bits per weight, beside single formats; and what each site was given."""
     try:
         from matplotlib.figure import Figure
@@ -40,4 +49,4 @@ def plot_plan(planned: Planned, place: Path) -> None:
     given = [8 * row[k] / n for row, k, n in zip(sizes, chosen, numbers, strict=True)]
     bars.bar(range(len(given)), given)
     bars.set(xlabel="site, in the graph's order", ylabel="bits per weight")
-    figure.savefig(place, dpi=150)
+    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import tomllib
@@ -346,6 +347,11 @@ def test_the_command(place: Path) -> None:
     wanted = {"bits_per_weight", "bytes", "predicted_loss", "uniform", "binding", "choices"}
     assert wanted <= set(found)
     assert found["binding"] == ["5bits"] and found["bits_per_weight"] <= 5
+    assert run(*PLAN, "--budget", "5bits", "-o", "plan.toml", "--html", "plan.html")
+    text = (place / "plan.html").read_text("utf-8")
+    assert text.count("<svg") == 1 and all(
+        html.escape(why) in text for why in found["why"].values()
+    )
     raw = tomllib.loads((place / "plan.toml").read_text())
     assert {c["site"]: c["weight"] for c in raw["choice"]} == found["choices"]
     again = json.loads(run(*PLAN, "--budget", "4.5bits", "-o", "other.toml", "--json"))

@@ -1,0 +1,60 @@
+"""A plan as one HTML file: what it comes to beside single formats, each choice and its reason."""
+
+from __future__ import annotations
+
+import io
+from html import escape
+
+from qcompiler.errors import BadInput
+from qcompiler.planning.planned import Planned
+from qcompiler.planning.plots import figure_of
+from qcompiler.planning.reasons import short, size_text
+from qcompiler.show.page import page, table
+
+
+def plan_page(planned: Planned, title: str) -> str:
+    """The whole page; with the plots if matplotlib is there."""
+    parts = [f"<p>what binds: {', '.join(planned.binding) or 'nothing'}</p>", _totals(planned)]
+    parts += [f"<p>note: {escape(note)}</p>" for note in planned.notes]
+    return page(title, [*parts, _plots(planned), "<h2>Choices</h2>", _choices(planned)])
+
+
+def _totals(planned: Planned) -> str:
+    """This plan, each single format, float: what `qcompiler plan` prints."""
+    whole = planned.whole
+    phases = [p for p in ("prefill", "decode") if p in whole]
+    found = [("this plan", planned.allocation.totals, planned.allocation.loss)]
+    found += [(f"all {short(t)}", u.totals, u.loss) for t, u in planned.uniform().items()]
+    found.append(("float", whole, 0.0))
+    rows = [
+        [
+            name,
+            f"{totals['weight_bytes'] * 8 / planned.weights:.2f}",
+            size_text(totals["bytes"]),
+            *(f"{totals[p] / whole[p]:.2f}" if whole[p] else "" for p in phases),
+            f"{loss:.3g}",
+        ]
+        for name, totals, loss in found
+    ]
+    heads = ("", "bits per weight", "bytes", *(f"{p}, × float" for p in phases), "predicted loss")
+    return table(heads, rows, numbers=range(1, len(heads)))
+
+
+def _plots(planned: Planned) -> str:
+    try:
+        figure = figure_of(planned)
+    except BadInput as error:  # there is no matplotlib: the tables say the same
+        return f"<p>{escape(str(error))}</p>"
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _choices(planned: Planned) -> str:
+    choices = planned.file().choices
+    top = max((c.loss for c in choices), default=0.0)
+    rows = [[c.site, c.why, f"{c.loss:.3g}", size_text(c.bytes)] for c in choices]
+    bars = [c.loss / top if top else 0.0 for c in choices]
+    heads = ("site", "format, because", "predicted loss", "bytes")
+    return table(heads, rows, numbers=(2, 3), ids=(0,), bars=bars)
