@@ -69,7 +69,8 @@ class Clock:
         self._cache = Cache(folder, environment(backend.name), fresh)
         self._benches = Benches(backend, program, self.workload)
         self._refused: set[tuple[Layer, Scheme]] = set()
-        self._rounded: dict[Family, dict[str, Scheme]] = {family: {} for family in Family}
+        self._plain: dict[Phase, Mapping[str, float]] = {}
+        self._glue: dict[Family, Mapping[Phase, float]] = {family: {} for family in Family}
         self._fingerprint = fingerprint(program)
 
     def prepare(self, choices: Mapping[str, Sequence[Scheme | None]]) -> None:
@@ -82,18 +83,14 @@ class Clock:
         for done, ((_, scheme), id) in enumerate(wanted.items()):
             self._tick(done, len(wanted))
             self._alone(self._benches.sites[id], scheme, "prefill")
-        for id, schemes in choices.items():
-            site = self._benches.sites[id]
-            timed = [
-                scheme
-                for scheme in schemes
-                if scheme is not None
-                and self._told(site, scheme, "prefill") is None
-                and self._alone(site, scheme, "prefill") is not None
-            ]
-            for family in Family:
-                if mine := [scheme for scheme in timed if Family.of(scheme) is family]:
-                    self._rounded[family][id] = mine[len(mine) // 2]
+        for family in Family:
+            rounded = {}
+            for id, schemes in choices.items():
+                site = self._benches.sites[id]
+                mine = [s for s in schemes if s and self._is_timed(site, s, family)]
+                if mine:
+                    rounded[id] = mine[len(mine) // 2]
+            self._glue[family] = self._share_glue(rounded) if rounded else {}
         self._tick(len(wanted), len(wanted))
 
     def seconds(self, site: Site, scheme: Scheme | None, phase: Phase) -> float | None:
@@ -104,11 +101,17 @@ class Clock:
         alone, family = self._alone(site, scheme, phase), Family.of(scheme)
         if alone is None or family is None or self._told(site, scheme, phase) is not None:
             return alone
-        return alone + self._glue(family, phase)
+        return alone + self._glue[family].get(phase, 0.0)
 
     def _told(self, site: Site, scheme: Scheme, phase: Phase) -> float | None:
         """What the backend says by itself; None: it is to be measured."""
         return self._backend.cost(site, scheme, self.tokens(site, phase))
+
+    def _is_timed(self, site: Site, scheme: Scheme, family: Family) -> bool:
+        """Whether it is of the family, and measured."""
+        if Family.of(scheme) is not family or self._told(site, scheme, "prefill") is not None:
+            return False
+        return self._alone(site, scheme, "prefill") is not None
 
     def _alone(self, site: Site, scheme: Scheme, phase: Phase) -> float | None:
         """The same of the site for itself."""
@@ -116,10 +119,7 @@ class Clock:
         if known is not None:
             return known
         ratio = 1.0 if scheme == FLOAT else self._ratio(site, scheme, phase)
-        if ratio is None:
-            return None
-        found = self._float(phase)
-        return ratio * found[self._benches.key(site, phase)] * self._share(found, phase)
+        return None if ratio is None else ratio * self._float(phase)[self._benches.key(site, phase)]
 
     def rest(self, phase: Phase, among: Collection[Site] | None = None) -> float:
         """Seconds of a run in floating point that go by outside `among` (all sites)."""
@@ -149,42 +149,37 @@ class Clock:
         return self._benches.tokens(site, phase)
 
     def _float(self, phase: Phase) -> Mapping[str, float]:
-        """What `Benches.race` measures."""
-        key = f"{self._fingerprint} {phase} {self.workload}"
+        """What `Benches.race` measures; sites are scaled down where by themselves they took longer
+        than the program that they are in."""
+        if phase not in self._plain:
+            key = f"{self._fingerprint} {phase} {self.workload}"
+            found = self._cache.get(key)
+            if not isinstance(found, dict):
+                found = self._benches.race(phase)
+                self._cache.put(key, found)
+            keys = [self._benches.key(site, phase) for site in self._benches.sites.values()]
+            spent = sum(found[key] for key in keys)
+            share = min(1.0, found["program"] / spent) if spent else 1.0
+            self._plain[phase] = found | {key: share * found[key] for key in keys}
+        return self._plain[phase]
+
+    def _share_glue(self, rounded: Mapping[str, Scheme]) -> dict[Phase, float]:
+        """Seconds that a site of `rounded` takes beyond its own among the others."""
+        about = "".join(f"{id} {scheme}\n" for id, scheme in rounded.items())
+        key = f"{self._fingerprint} {self.workload} {hashlib.sha256(about.encode()).hexdigest()}"
         found = self._cache.get(key)
         if not isinstance(found, dict):
-            found = self._benches.race(phase)
+            found = self._benches.together(rounded) or {}
             self._cache.put(key, found)
-        return found
-
-    def _glue(self, family: Family, phase: Phase) -> float:
-        """Seconds that a site takes beyond its own among others of the family.
-
-        Measured with such a scheme of each site that was prepared; 0 without any."""
-        rounded = self._rounded[family]
-        about = "".join(f"{id} {scheme}\n" for id, scheme in rounded.items())
-        digest = hashlib.sha256(about.encode()).hexdigest()
-        keys = {
-            p: f"{self._fingerprint} {p} {self.workload} {digest}" for p in self.workload.phases
-        }
-        found = self._cache.get(keys[phase])
-        if not isinstance(found, float):
-            measured = self._benches.together(rounded) if rounded else None
-            if measured is None:
-                return 0.0
-            for p, key in keys.items():
-                self._cache.put(key, measured[p])
-            found = measured[phase]
-        alone = self.rest(phase) + sum(
-            self._alone(site, rounded.get(id, FLOAT), phase) or 0.0
-            for id, site in self._benches.sites.items()
-        )
-        return (found * self._float(phase)["program"] - alone) / len(rounded)
-
-    def _share(self, found: Mapping[str, float], phase: Phase) -> float:
-        """1, or less where the sites by themselves took longer than the whole program."""
-        spent = sum(found[self._benches.key(s, phase)] for s in self._benches.sites.values())
-        return min(1.0, found["program"] / spent) if spent else 1.0
+        glue: dict[Phase, float] = {}
+        for phase in self.workload.phases if found else ():
+            alone = self.rest(phase) + sum(
+                self._alone(site, rounded.get(id, FLOAT), phase) or 0.0
+                for id, site in self._benches.sites.items()
+            )
+            whole = found[phase] * self._float(phase)["program"]
+            glue[phase] = (whole - alone) / len(rounded)
+        return glue
 
     def _ratio(self, site: Site, scheme: Scheme, phase: Phase) -> float | None:
         """What `Benches.compare` measures, once for all sites that are equal."""
