@@ -37,6 +37,12 @@ class Account:
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
         )
 
+    def html(self, title: str = "What qcompiler did") -> str:
+        """All of it as one page that works from disk."""
+        from qcompiler.show.page import account_page
+
+        return account_page(self, title)
+
     def rows(self) -> list[dict[str, object]]:
         """One dictionary per step, as `--json` prints it."""
         return [step_row(s) for s in self.steps]

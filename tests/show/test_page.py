@@ -15,7 +15,6 @@ from qcompiler.cli import main
 from qcompiler.diff import Diff, Snapshot
 from qcompiler.history import Reason, Step
 from qcompiler.show.account import Account
-from qcompiler.show.page import account_page
 
 VOID = {"meta", "input"}
 
@@ -86,7 +85,7 @@ def test_nothing_is_markup() -> None:
         edits=(Reason(bad, (bad,)),), skipped=(Reason(bad, ()),), nodes={bad: float("inf")},
         notes=(bad,),
     )  # fmt: skip
-    text = account_page(Account((step,)), bad)
+    text = Account((step,)).html(bad)
     assert "alert(" in text and text.count("<script>") == 1 and "<b>" not in text
     assert [bad, bad] in Page(text).rows
 
