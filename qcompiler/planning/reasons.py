@@ -40,7 +40,8 @@ def amount(cost: str, value: float) -> str:
         return size_text(value)
     if cost == "bitops":
         return f"{_thousands(value)}bitops"
-    return f"{value * 1e3:.3g} ms of {cost}"
+    size, unit = (1e3, "ms") if abs(value) >= 1e-4 else (1e6, "µs")
+    return f"{value * size:.3g} {unit} of {cost}"
 
 
 def size_text(count: float) -> str:

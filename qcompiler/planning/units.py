@@ -39,6 +39,7 @@ FASTER = (
     "int4:group128:mirrored:scale(fp16)/int8:token:dynamic",
     "int4:group32:mirrored:scale(fp16)/int8:token:dynamic",
     "int8:channel/int8:token:dynamic",
+    "int8:channel/int8:tensor",
     FLOAT,
 )
 """What is chosen from besides where a budget is about time or arithmetic: products of integers, and
