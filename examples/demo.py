@@ -90,7 +90,7 @@ def main() -> None:
 def speed(program: qcompiler.Program, compiled: Compiled) -> float:
     """Float seconds over quantized seconds, 1 × 256 tokens, run in turn."""
     inputs = random_inputs(program.io, 0, sizes_for(program.io, 1, 256))
-    times = race({"float": program.flat, "quantized": compiled.artifact.run}, inputs, rounds=9)
+    times = race({"float": program.flat, "quantized": compiled.artifact.run}, inputs)
     return times["float"] / times["quantized"]
 
 

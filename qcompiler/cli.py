@@ -205,7 +205,7 @@ def diff_(
     with what became of it."""
     account, at = _open_at(first)
     if html is not None:
-        if second is not None or at is not None:
+        if second is not None or at is not None or stat or show_id or why_id or json_:
             raise BadInput("--html takes the whole of one artifact, as in: diff OUT --html FILE")
         write_whole(html, account_page(account, f"What qcompiler did to {first}"))
         out.print(f"written to {html}", markup=False, highlight=False)

@@ -12,7 +12,7 @@ from qcompiler.allocate import Budget
 from qcompiler.cli_shared import calibration, progress, with_data
 from qcompiler.console import as_json, err, out, print_json
 from qcompiler.costs import Workload
-from qcompiler.keep import write_whole
+from qcompiler.keep import check_file, write_whole
 from qcompiler.planning.front import BEFORE, plan
 from qcompiler.planning.page import plan_page
 from qcompiler.planning.planned import Planned
@@ -88,6 +88,9 @@ def plan_(
     `qcompiler compile MODEL --plan FILE` then makes the model of it. Sensitivities and times are
     kept in the user's cache folder: another budget costs no run of the model.
     """
+    for place in (output, plot, html):
+        if place is not None:
+            check_file(place)
     question = Question(
         budgets=tuple(Budget.parse(b) for b in budgets),
         loss=loss,

@@ -110,12 +110,20 @@ def unpack_tensor(tensors: Tensors, stem: str, fmt: QFormat) -> QTensor:
     return QTensor(tensors[f"{stem}.data"], grid)
 
 
-def write_whole(place: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+def check_file(place: Path) -> None:
+    """Refuse what can be no file, before the work whose result goes there."""
+    if place.name == "" or (place.exists() and not place.is_file()):
+        raise BadInput(f"{place} cannot be written: it is no file")
+
+
+def write_whole(place: Path, text: str | bytes) -> None:
+    """Write a file, whole or not at all."""
+    check_file(place)
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
     beside = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, "utf-8")
+        beside.write_bytes(data)
         os.replace(beside, place)
     except OSError as error:
         with contextlib.suppress(OSError):

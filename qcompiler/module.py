@@ -44,6 +44,7 @@ def _expect(graph: fx.Graph, x: fx.Node, port: Port) -> None:
     with graph.inserting_after(last):
         seen = graph.call_function(_of_sizes, (x, str(port), sizes))
     seen.meta.update(x.meta)
+    seen.meta["is_wrapped"] = True  # fx calls it, also where it traces a module that was saved
     for user in users:
         user.replace_input_with(x, seen)
 
@@ -51,6 +52,8 @@ def _expect(graph: fx.Graph, x: fx.Node, port: Port) -> None:
 def _of_sizes(x: Tensor, port: str, sizes: tuple[int | None, ...]) -> Tensor:
     """`x` as it is, if its sizes are those of the capture where these are fixed: what was lowered
     for them may not notice others."""
+    if not isinstance(x, Tensor):
+        raise BadInput(f"input {port} is a tensor; found {type(x).__name__}")
     if x.ndim != len(sizes) or any(
         want is not None and want != have for want, have in zip(sizes, x.shape, strict=True)
     ):

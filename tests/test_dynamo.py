@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -259,7 +260,8 @@ def test_an_artifact_as_a_module(name: str) -> None:
     wanted = artifact(**inputs)
     outputs = tuple(wanted.values()) if isinstance(wanted, dict) else (wanted,)
     exported = torch.export.export(module, (), inputs, strict=False).module()
-    for run in (module, exported):
+    again = pickle.loads(pickle.dumps(module))
+    for run in (module, exported, again):
         found = run(**inputs)
         found = tuple(found.values()) if isinstance(found, dict) else (found,)
         assert relative_error(found, outputs) < 1e-5

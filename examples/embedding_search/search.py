@@ -125,7 +125,7 @@ def compare(
         run = compiled.artifact.run
         mine = encode(run, texts)
         ranks = ranking(mine, encode(run, queries))
-        seconds = race({"float": encode.program.flat, "int8": run}, batch, rounds=9)
+        seconds = race({"float": encode.program.flat, "int8": run}, batch)
         found.append(
             {
                 **hits(ranks, right),

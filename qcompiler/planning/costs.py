@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from qcompiler.costs import Clock, Workload, bitops, weight_bytes
 from qcompiler.formats import Scheme
-from qcompiler.planning.units import Units
+from qcompiler.planning.units import Units, nothing
 from qcompiler.program import Program
+from qcompiler.schemes import FLOAT
 from qcompiler.sites import Site
 
 Table = tuple[tuple[float, ...], ...]
@@ -77,7 +78,9 @@ def buildable(units: Units, clock: Clock) -> Units:
                 mine[text] = scheme
             else:
                 refused.setdefault(text, f"{site.id}: the backend could not build it")
-        kept.append(mine or candidates)
+        kept.append(mine or {FLOAT: Scheme()})
+    if all([*candidates] == [FLOAT] for candidates in kept):
+        raise nothing(refused.values())
     return replace(units, candidates=tuple(kept), refused=refused)
 
 

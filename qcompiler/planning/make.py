@@ -87,6 +87,7 @@ def make_plan(
         study,
         question.metric,
         batches,
+        pairs=question.pairs,
         keep=None if keep is None else keep.under(question.metric, *study.columns),
         tick=lambda done, of: tell("measuring sensitivity", done, of),
     )

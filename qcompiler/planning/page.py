@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from html import escape
 
 from qcompiler.errors import BadInput
 from qcompiler.planning.planned import Planned
-from qcompiler.planning.plots import figure_of
+from qcompiler.planning.plots import drawn
 from qcompiler.planning.reasons import short, size_text
+from qcompiler.schemes import FLOAT
 from qcompiler.show.page import page, table
 
 
@@ -24,7 +24,8 @@ def _totals(planned: Planned) -> str:
     whole = planned.whole
     phases = [p for p in ("prefill", "decode") if p in whole]
     found = [("this plan", planned.allocation.totals, planned.allocation.loss)]
-    found += [(f"all {short(t)}", u.totals, u.loss) for t, u in planned.uniform().items()]
+    alone = planned.uniform().items()
+    found += [(f"all {short(t)}", u.totals, u.loss) for t, u in alone if t != FLOAT]
     found.append(("float", whole, 0.0))
     rows = [
         [
@@ -42,12 +43,9 @@ def _totals(planned: Planned) -> str:
 
 def _plots(planned: Planned) -> str:
     try:
-        figure = figure_of(planned)
+        text = drawn(planned, "svg").decode()
     except BadInput as error:  # there is no matplotlib: the tables say the same
         return f"<p>{escape(str(error))}</p>"
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
-    text = drawn.getvalue()
     return text[text.index("<svg") :]
 
 

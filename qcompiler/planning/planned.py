@@ -133,7 +133,7 @@ class Planned:
         totals = self.allocation.totals
         return [
             f"smaller, but {phase} takes {totals[phase] / self.whole[phase]:.2f} × as long as in "
-            f"float on this backend; add a budget such as 1x-{phase}, and float to the formats"
+            f"float on this backend; add a budget such as 1x-{phase}"
             for phase in ("prefill", "decode")
             if phase in totals and totals[phase] > NOTICED * self.whole[phase]
         ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompiler.allocate import front
-from qcompiler.errors import BadInput
+from qcompiler.errors import BadInput, unknown
+from qcompiler.keep import write_whole
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.reasons import short
 
@@ -18,7 +20,17 @@ POINTS = 24
 
 def plot_plan(planned: Planned, place: Path) -> None:
     """Draw `figure_of` into a file, in the format of its ending."""
-    figure_of(planned).savefig(place, dpi=150)
+    write_whole(place, drawn(planned, place.suffix.removeprefix(".")))
+
+
+def drawn(planned: Planned, form: str) -> bytes:
+    """`figure_of` as the bytes of a file: `png`, `svg`, `pdf`, …"""
+    figure, data = figure_of(planned), io.BytesIO()
+    known = figure.canvas.get_supported_filetypes()
+    if form not in known:
+        raise unknown("ending of a plot", form, known)
+    figure.savefig(data, format=form, dpi=150)
+    return data.getvalue()
 
 
 def figure_of(planned: Planned) -> Figure:
@@ -42,7 +54,9 @@ def figure_of(planned: Planned) -> Figure:
             curve.plot(bits, alone.loss, "x", color="tab:red")
             curve.annotate(short(text), (bits, alone.loss), fontsize=7)
     curve.plot(planned.bits_per_weight, planned.allocation.loss, "*", ms=12, label="this plan")
-    curve.set(xlabel="bits per weight", ylabel="predicted loss", yscale="log")
+    curve.set(xlabel="bits per weight", ylabel="predicted loss")
+    if points:
+        curve.set_yscale("log")
     curve.legend()
     sizes, chosen = planned.problem.costs["weight_bytes"], planned.allocation.choice
     numbers = [s.weight.meta["val"].numel() for s in planned.units.sites]

@@ -25,7 +25,7 @@ class Question:
     loss: float | None = None
     """A target instead of budgets: the fewest bytes whose predicted loss is at most that."""
     formats: tuple[str, ...] = ()
-    """`weight` or `weight/activation`; `float` is one of them. None: what is usual for these
+    """`weight` or `weight/activation`; `float` is one of them. Empty: what is usual for these
     budgets (`units.py`)."""
     metric: Metric = field(default_factory=lambda: get_metric(METRIC))
     agree: tuple[str, ...] = ()

@@ -9,13 +9,15 @@ from qcompiler.allocate import Allocation, Problem
 
 def why(problem: Problem, allocation: Allocation, unit: int) -> str:
     """The choice at a site beside the best cheaper format and the next better one, in terms of the
-    budget that binds (bytes if none does)."""
+    first budget that binds (bytes if none does)."""
     cost = allocation.binding[0] if allocation.binding else "weight_bytes"
     k, options = allocation.choice[unit], problem.options[unit]
     losses, costs = problem.losses[unit], problem.costs[cost][unit]
     total, words = allocation.loss, []
-    cheaper = [j for j in range(len(options)) if costs[j] < costs[k]]
-    better = [j for j in range(len(options)) if costs[j] > costs[k] and losses[j] < losses[k]]
+    others = [j for j in range(len(options)) if j != k]
+    cheaper = [j for j in others if costs[j] < costs[k] and losses[j] >= losses[k]]
+    better = [j for j in others if costs[j] > costs[k] and losses[j] < losses[k]]
+    kept = [j for j in others if costs[j] <= costs[k] and losses[j] < losses[k]]
     if cheaper:
         j = min(cheaper, key=lambda j: (losses[j], -costs[j]))
         saved = losses[j] - losses[k]
@@ -29,8 +31,12 @@ def why(problem: Problem, allocation: Allocation, unit: int) -> str:
             f"{short(options[j])} would cost {amount(cost, costs[j] - costs[k])} more and save "
             f"{_share(losses[k] - losses[j], total)}"
         )
+    if kept:
+        j = min(kept, key=lambda j: losses[j])
+        why_not = "other budgets, or sites that must agree, keep it"
+        words.append(f"{short(options[j])} would cost no more and lose less, but {why_not} away")
     if not words:
-        words.append("no other is cheaper or loses less" if options[1:] else "the only candidate")
+        words.append("no other is cheaper or loses less" if others else "the only candidate")
     return f"{short(options[k])}: {'; '.join(words)}"
 
 

@@ -12,7 +12,7 @@ Sites with one weight always agree, and whatever the backend says besides.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,15 +96,20 @@ def units(
         if mine:
             found.append(site)
             candidates.append(mine)
-    if not found:
-        first = next((why[0] for why in refused.values()), "it has no linear or convolution")
-        raise BadInput(f"there is nothing to choose in this program: {first}")
+    if all([*c] == [FLOAT] for c in candidates) and (refused or not found):
+        raise nothing(why[0] for why in refused.values())
     told = {
         text: why[0] + (f" (and {len(why) - 1} more sites)" if len(why) > 1 else "")
         for text, why in refused.items()
     }
     groups = _groups(found, agree, backend)
     return Units(tuple(found), tuple(candidates), groups, told)
+
+
+def nothing(refused: Iterable[str]) -> BadInput:
+    """That no site can have another format than float, with the first refusal."""
+    first = next(iter(refused), "it has no linear or convolution")
+    return BadInput(f"there is nothing to choose in this program: {first}")
 
 
 def scheme_of(site: Site, text: str) -> Scheme:

@@ -59,7 +59,7 @@ class Sensitivity:
     """What these took."""
     pairs: Tensor | None = None
     """What two columns at once cost beyond the sum of both: (columns, columns), in the order of
-    `losses`, where the metric can tell."""
+    `losses`, where that was asked for and the metric can tell."""
 
     def loss(self, site: str, scheme: object) -> float:
         return self.losses[site, str(scheme)]

@@ -26,6 +26,7 @@ def shrunk(roots: Tensor, sites: Sequence[str]) -> Tensor:
     numbers = {site: n for n, site in enumerate(dict.fromkeys(sites))}
     place = torch.tensor([numbers[site] for site in sites])
     apart = place[:, None] != place
-    chance = (fourth - r.square())[apart].sum() / count
-    share = (chance / r[apart].square().sum()).clamp(0, 1) if apart.any() else 0.0
+    chance = (fourth - r.square())[apart].sum() / max(count - 1, 1)
+    all_ = r[apart].square().sum()
+    share = (chance / all_).clamp(0, 1) if count > 1 and all_ > 0 else torch.ones(())
     return 2 * products * torch.where(apart, 1 - share, 1.0)

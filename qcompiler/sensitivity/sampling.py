@@ -35,10 +35,12 @@ def measure(
     *,
     precision: float = PRECISION,
     rounds: int = ROUNDS,
+    pairs: bool = False,
     keep: Keep | None = None,
     tick: Tick = lambda done, total: None,
 ) -> Sensitivity:
-    """What each column of `study` costs by `metric`; `keep` is a folder for this very question."""
+    """What each column of `study` costs by `metric`, with `pairs` also what two of them cost beyond
+    both, if the metric can tell; `keep` is a folder for this very question."""
     if not batches:
         raise BadInput("the calibration data is empty; expected at least one batch of inputs")
     total = len(batches) * (rounds if metric.random else 1)
@@ -64,7 +66,7 @@ def measure(
         len(drawn),
         done - known,
         seconds,
-        shrunk(drawn, [site for site, _ in study.columns]) if metric.roots else None,
+        shrunk(drawn, [site for site, _ in study.columns]) if pairs and metric.roots else None,
     )
 
 

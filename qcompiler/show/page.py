@@ -109,15 +109,16 @@ def _hurt(steps: Sequence[Step]) -> str:
 def _formats(plan: Mapping[str, str]) -> str:
     """Each site with its scheme and the bits of its weight's codes, in the graph's order."""
     bits = [_bits(text) for text in plan.values()]
-    top = max([8, *bits])
-    rows = [[id, text, f"{b} bits"] for (id, text), b in zip(plan.items(), bits, strict=True)]
+    top = max([8, *(b for b in bits if b is not None)])
+    words = [f"{b} bits" if b is not None else "float" for b in bits]
+    rows = [[id, text, word] for (id, text), word in zip(plan.items(), words, strict=True)]
     heads = ("site", "scheme", "weight")
-    return table(heads, rows, numbers=(2,), ids=(0, 1), bars=[b / top for b in bits])
+    return table(heads, rows, numbers=(2,), ids=(0, 1), bars=[(b or top) / top for b in bits])
 
 
-def _bits(scheme: str) -> int:
+def _bits(scheme: str) -> int | None:
     found = re.search(r"weight=(\S+)", scheme)
-    return 32 if found is None or found[1] == "float" else QFormat.parse(found[1]).bits
+    return None if found is None or found[1] == "float" else QFormat.parse(found[1]).bits
 
 
 def _step(number: int, step: Step) -> str:

@@ -20,10 +20,12 @@ from qcompiler.allocate import Budget
 from qcompiler.backend import Backend
 from qcompiler.backends.reference import ReferenceBackend
 from qcompiler.cli import main
+from qcompiler.costs import benches
 from qcompiler.passes.allocate import Allocate
 from qcompiler.planning.front import plan
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.question import Question
+from qcompiler.planning.reasons import why
 from qcompiler.registry import get_metric, make_passes
 from qcompiler.rounded import rounded_program
 
@@ -149,6 +151,27 @@ def test_reasons_are_in_terms_of_what_binds(tmp_path: Path) -> None:
     assert alone.why(0) == "int2:group16: the only candidate"
     two = planned(tmp_path, "32bits", formats=(FORMATS[2], f"{FORMATS[2]}/int2:token:dynamic"))
     assert two.why(0) == "int8:channel: no other is cheaper or loses less"
+
+
+def test_a_reason_where_other_budgets_decide(tmp_path: Path) -> None:
+    """A better format that costs no more in one budget is no saving in it."""
+    found = planned(tmp_path, "5bits", formats=FORMATS[1:])
+    unit = next(i for i, k in enumerate(found.allocation.choice) if k == 0)
+    costs = dict(found.problem.costs)
+    costs["bitops"] = tuple((2.0, 1.0) for _ in found.problem.units)
+    moved = replace(found.problem, costs=costs)
+    text = why(moved, replace(found.allocation, binding=("bitops",)), unit)
+    assert text.startswith("int4:group16: int8:channel would cost no more and lose less, but other")
+    assert "saves" not in text
+
+
+def test_what_no_kernel_serves_stays_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And costs what float costs, not nothing."""
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    monkeypatch.setattr(benches.Benches, "compare", lambda *_: None)
+    asked = {"question": question("0.9x-prefill", timed=True), "data": data(), "cache": tmp_path}
+    with pytest.raises(BadInput, match=r"nothing to choose.*could not build"):
+        plan(net(), data(1)[0], backend="cpu", **asked)  # type: ignore[arg-type]
 
 
 def _why(found: Planned) -> str:
@@ -352,6 +375,8 @@ def test_the_command(place: Path) -> None:
     assert text.count("<svg") == 1 and all(
         html.escape(why) in text for why in found["why"].values()
     )
+    for words in (["-o", "."], ["-o", "plan.toml", "--html", "."], ["-o", "p", "--plot", "p.xyz"]):
+        assert "error: " in run(*PLAN, "--budget", "5bits", *words, ok=False)
     raw = tomllib.loads((place / "plan.toml").read_text())
     assert {c["site"]: c["weight"] for c in raw["choice"]} == found["choices"]
     again = json.loads(run(*PLAN, "--budget", "4.5bits", "-o", "other.toml", "--json"))

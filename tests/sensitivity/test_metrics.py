@@ -162,7 +162,9 @@ def test_pairs_are_what_two_cost_beyond_the_sum() -> None:
     """(Δa + Δb)ᵀ H (Δa + Δb) / 2 - both alone = Δaᵀ H_ab Δb."""
     model, program, x = case(words=False)
     found = study(program, FORMATS[:1])
-    seen = measure(found, get_metric("gauss_newton"), [(x,)], precision=0.0, rounds=2000)
+    seen = measure(
+        found, get_metric("gauss_newton"), [(x,)], precision=0.0, rounds=2000, pairs=True
+    )
     assert seen.pairs is not None
     names = [str(program.param_of(s.weight)) for s in found.sites.values()]
     changes = [found.change(s, FORMATS[0].weight) for s in found.sites.values()]

@@ -44,6 +44,22 @@ def test_one_site_is_exact() -> None:
     assert torch.equal(shrunk(roots, ["a", "a"]), 2 * roots.T @ roots / 16)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_fewer_the_draws_the_less_is_believed(count: int) -> None:
+    """On pure chance what is left does not depend on how few they are."""
+    left = []
+    for seed in range(40):
+        roots = torch.randn(count, 30, generator=torch.Generator().manual_seed(seed)).double()
+        plain = 2 * roots.T @ roots / count
+        left.append(float(apart(shrunk(roots, SITES)).norm() / apart(plain).norm()))
+    assert sum(left) / len(left) < 0.2
+
+
+def test_one_site_that_changes_nothing() -> None:
+    roots = draws(8, 0.0)[:, :2] * torch.tensor([1.0, 0.0])
+    assert torch.equal(shrunk(roots, ["a", "b"]), 2 * roots.T @ roots / 8)
+
+
 def test_a_change_of_nothing_has_no_pairs() -> None:
     roots = draws(64, 0.5)
     roots[:, 3] = 0

@@ -91,7 +91,8 @@ def test_nothing_is_markup() -> None:
 
 
 def test_one_artifact_at_a_time(artifact: Path) -> None:
-    for words in ([f"{artifact}@1"], [str(artifact), str(artifact)]):
+    out = str(artifact)
+    for words in ([f"{out}@1"], [out, out], [out, "--json"], [out, "--why", "0/linear#0"]):
         done = CliRunner().invoke(main, ["diff", *words, "--html", "page.html"])
         assert done.exit_code == 2 and "the whole of one artifact" in " ".join(done.output.split())
 
@@ -100,4 +101,4 @@ def test_a_place_that_cannot_be_written(artifact: Path) -> None:
     for place in (artifact, artifact / "qcompiler.json" / "page.html"):
         done = CliRunner().invoke(main, ["diff", str(artifact), "--html", str(place)])
         assert done.exit_code == 2 and "cannot be written" in " ".join(done.output.split())
-    assert not list(artifact.parent.glob("*.part"))
+    assert not list(artifact.parent.rglob("*.part"))
