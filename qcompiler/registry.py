@@ -39,6 +39,7 @@ BUILT_IN = {
         "permute": "qcompiler.passes.permute:Permute",
         "reparameterize": "qcompiler.passes.reparameterize:Reparameterize",
         "shift": "qcompiler.passes.shift:Shift",
+        "scale_inputs": "qcompiler.passes.scale_inputs:ScaleInputs",
         "smooth": "qcompiler.passes.smooth:Smooth",
         "split_channels": "qcompiler.passes.split_channels:SplitChannels",
         "split_groups": "qcompiler.passes.split_groups:SplitGroups",

@@ -55,6 +55,8 @@ class Method:
     rounding: str = "nearest"
     smooth: str | None = None
     """Options of `smooth` before it; None: without it."""
+    online: bool = False
+    """Put scales at run time where `smooth` finds none."""
     split: str = ""
     """A pass that takes something out of the weights."""
     rotations: tuple[str, ...] = ("none", "online")
@@ -75,6 +77,9 @@ METHODS: dict[str, Method] = {
     "smooth": Method(smooth="", rotations=EVERY),
     "smooth (searched)": Method(smooth="search=true", rotations=("none",), weights_only=False),
     "smooth + gptq": Method("gptq", "", weights_only=False),
+    "smooth (run time) + gptq": Method(
+        "gptq", "search=true", online=True, rotations=("none",), weights_only=False
+    ),
     "split outliers": Method(split="split_outliers", rotations=("none",), weights_only=False),
 }
 
@@ -109,6 +114,7 @@ def pipeline(form: str, method: Method, rotation: str, keep: str) -> str:
     # a rotation of the stream takes the scales of norms away
     smooth = f"{method.smooth or ''}{' norms=false' if turned else ''}".strip()
     maps = [
+        "scale_inputs{optional=true}" if method.online else "",
         (f"smooth{{{smooth}}}" if smooth else "smooth") if method.smooth is not None else "",
         f"{STREAM},{ROTATIONS[rotation]}" if turned else "",
         method.split,
