@@ -33,7 +33,7 @@ def why(problem: Problem, allocation: Allocation, unit: int) -> str:
         )
     if kept:
         j = min(kept, key=lambda j: losses[j])
-        why_not = "other budgets, or sites that must agree, keep it"
+        why_not = "other budgets, pairs or sites that must agree keep it"
         words.append(f"{short(options[j])} would cost no more and lose less, but {why_not} away")
     if not words:
         words.append("no other is cheaper or loses less" if others else "the only candidate")
