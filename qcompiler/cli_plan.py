@@ -18,7 +18,7 @@ from qcompiler.planning.page import plan_page
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.plots import plot_plan
 from qcompiler.planning.question import METRIC, Question
-from qcompiler.planning.reasons import short, size_text
+from qcompiler.planning.totals import totals
 from qcompiler.registry import get_metric
 
 MOST = 12
@@ -143,22 +143,12 @@ def as_row(planned: Planned) -> dict[str, object]:
 
 
 def _print(planned: Planned) -> None:
-    totals, whole = planned.allocation.totals, planned.whole
-    phases = [p for p in ("prefill", "decode") if p in totals]
+    heads, rows = totals(planned)
     table = Table(title="plan", title_justify="left")
-    for name in ("", "bits per weight", "bytes", *(f"{p}, × float" for p in phases), "loss"):
+    for name in heads:
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
-
-    def row(name: str, costs: dict[str, float], loss: float, style: str | None = None) -> None:
-        bits = costs["weight_bytes"] * 8 / planned.weights
-        times = [f"{costs[p] / whole[p]:.2f}" if whole[p] else "" for p in phases]
-        table.add_row(name, f"{bits:.2f}", size_text(costs["bytes"]), *times, f"{loss:.3g}")
-        table.rows[-1].style = style or ""
-
-    row("this plan", dict(totals), planned.allocation.loss, "bold")
-    for text, alone in planned.uniform().items():
-        row(f"all {short(text)}", dict(alone.totals), alone.loss)
-    row("float", dict(whole), 0.0)
+    for number, row in enumerate(rows):
+        table.add_row(*row, style=None if number else "bold")
     out.print(table)
     out.print(f"what binds: {', '.join(planned.binding) or 'nothing'}")
     losses = sorted(planned.file().choices, key=lambda c: -c.loss)

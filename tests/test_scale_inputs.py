@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qcompiler
 from qcompiler import BadInput, Program
@@ -57,8 +57,8 @@ def test_ones_in_front_of_what_nothing_scales(program: Program) -> None:
     first, second = by_id["one/linear#0"], by_id["two/linear#0"]
     assert first.x is second.x and first.x is not None
     assert first.x.target is torch.ops.aten.mul.Tensor
-    scale = found.tensor(first.x.args[1])  # type: ignore[arg-type]
-    assert torch.equal(scale, torch.ones(32))
+    scale = first.x.args[1]
+    assert isinstance(scale, fx.Node) and torch.equal(found.tensor(scale), torch.ones(32))
     step = found.history[-1]
     assert any("gelu" in e.why for e in step.edits)
     assert {r.nodes[0]: r.why for r in step.skipped} == {
@@ -96,7 +96,9 @@ def test_it_runs_and_comes_back(tmp_path: Path) -> None:
         Net().eval(), data(), passes=SCALED, data=[data(s) for s in range(8)], backend="cpu"
     )
     made.save(tmp_path / "out")
-    assert torch.equal(qcompiler.load(tmp_path / "out")(data()), made(data()))  # type: ignore[arg-type]
+    again, wanted = qcompiler.load(tmp_path / "out")(data()), made(data())
+    assert isinstance(again, Tensor) and isinstance(wanted, Tensor)
+    assert torch.equal(again, wanted)
 
 
 def test_smooth_comes_after(program: Program) -> None:

@@ -169,10 +169,12 @@ class Clock:
         key = f"{self._fingerprint} {self.workload} {hashlib.sha256(about.encode()).hexdigest()}"
         found = self._cache.get(key)
         if not isinstance(found, dict):
-            found = self._benches.together(rounded) or {}
+            found = self._benches.together(rounded)
+            if found is None:
+                return {}
             self._cache.put(key, found)
         glue: dict[Phase, float] = {}
-        for phase in self.workload.phases if found else ():
+        for phase in self.workload.phases:
             alone = self.rest(phase) + sum(
                 self._alone(site, rounded.get(id, FLOAT), phase) or 0.0
                 for id, site in self._benches.sites.items()

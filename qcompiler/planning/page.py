@@ -7,38 +7,20 @@ from html import escape
 from qcompiler.errors import BadInput
 from qcompiler.planning.planned import Planned
 from qcompiler.planning.plots import drawn
-from qcompiler.planning.reasons import short, size_text
-from qcompiler.schemes import FLOAT
+from qcompiler.planning.reasons import size_text
+from qcompiler.planning.totals import totals
 from qcompiler.show.page import page, table
 
 
 def plan_page(planned: Planned, title: str) -> str:
     """The whole page; with the plots if matplotlib is there."""
-    parts = [f"<p>what binds: {', '.join(planned.binding) or 'nothing'}</p>", _totals(planned)]
+    heads, rows = totals(planned)
+    parts = [
+        f"<p>what binds: {', '.join(planned.binding) or 'nothing'}</p>",
+        table(heads, rows, numbers=range(1, len(heads))),
+    ]
     parts += [f"<p>note: {escape(note)}</p>" for note in planned.notes]
     return page(title, [*parts, _plots(planned), "<h2>Choices</h2>", _choices(planned)])
-
-
-def _totals(planned: Planned) -> str:
-    """This plan, each single format, float: what `qcompiler plan` prints."""
-    whole = planned.whole
-    phases = [p for p in ("prefill", "decode") if p in whole]
-    found = [("this plan", planned.allocation.totals, planned.allocation.loss)]
-    alone = planned.uniform().items()
-    found += [(f"all {short(t)}", u.totals, u.loss) for t, u in alone if t != FLOAT]
-    found.append(("float", whole, 0.0))
-    rows = [
-        [
-            name,
-            f"{totals['weight_bytes'] * 8 / planned.weights:.2f}",
-            size_text(totals["bytes"]),
-            *(f"{totals[p] / whole[p]:.2f}" if whole[p] else "" for p in phases),
-            f"{loss:.3g}",
-        ]
-        for name, totals, loss in found
-    ]
-    heads = ("", "bits per weight", "bytes", *(f"{p}, × float" for p in phases), "predicted loss")
-    return table(heads, rows, numbers=range(1, len(heads)))
 
 
 def _plots(planned: Planned) -> str:

@@ -93,11 +93,12 @@ def test_the_whole_rounded_is_what_it_took(
     linears = [s for s in sites(program.nodes) if s.kind.name == "linear"]
     choice = {s.id: fit(s, *INT8) for s in linears}
     clock.prepare({id: (None, scheme) for id, scheme in choice.items()})
-    for phase, share in (("prefill", 0.25), ("decode", 0.5)):
-        plain = clock.total({}, phase)  # type: ignore[arg-type]
-        assert clock.total(choice, phase) == pytest.approx(share * plain)  # type: ignore[arg-type]
+    shares = {"prefill": 0.25, "decode": 0.5}
+    for phase in clock.workload.phases:
+        plain = clock.total({}, phase)
+        assert clock.total(choice, phase) == pytest.approx(shares[phase] * plain)
         first = {linears[0].id: choice[linears[0].id]}
-        assert clock.total(first, phase) != pytest.approx(plain)  # type: ignore[arg-type]
+        assert clock.total(first, phase) != pytest.approx(plain)
     assert runs == [len(linears)]
 
 

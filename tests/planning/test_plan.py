@@ -169,9 +169,9 @@ def test_what_no_kernel_serves_stays_float(tmp_path: Path, monkeypatch: pytest.M
     """And costs what float costs, not nothing."""
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
     monkeypatch.setattr(benches.Benches, "compare", lambda *_: None)
-    asked = {"question": question("0.9x-prefill", timed=True), "data": data(), "cache": tmp_path}
+    asked = question("0.9x-prefill", timed=True)
     with pytest.raises(BadInput, match=r"nothing to choose.*could not build"):
-        plan(net(), data(1)[0], backend="cpu", **asked)  # type: ignore[arg-type]
+        plan(net(), data(1)[0], question=asked, data=data(), backend="cpu", cache=tmp_path)
 
 
 def _why(found: Planned) -> str:
