@@ -4,8 +4,8 @@ Whatever interrupts a run makes it longer, never shorter, and often by several t
 machine medians, and medians of ratios of runs in turn, are off by a factor of two or three, while
 the fastest runs repeat within a few percent. So contenders run in turn, each until the fastest has
 been seen three times; a few runs in a row, so that each finds in cache what it has left there.
-Where a run never waits for another thread or a device, its time is that of the calling thread,
-which stands still while others have the processor.
+Where no contender waits for another thread or a device, time is that of the calling thread, which
+stands still while others have the processor: one clock for all, or a busy machine favours some.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def floors(
     start, turns = time.perf_counter(), 0
     while turns < LEAST or not (
         time.perf_counter() - start > seconds * len(samples)
-        or all(_settled(_fastest(found), precision) for found in samples.values())
+        or all(_settled(times, precision) for times in _fastest(samples).values())
     ):
         turns += 1
         for name, run in contenders.items():
@@ -61,7 +61,7 @@ def floors(
                 samples[name].append(_sample(run))
                 if time.perf_counter() - begun > ROW_SECONDS:
                     break
-    return {name: statistics.median(_fastest(found)) for name, found in samples.items()}
+    return {name: statistics.median(times) for name, times in _fastest(samples).items()}
 
 
 def _sample(run: Callable[[], object]) -> Sample:
@@ -77,10 +77,13 @@ def _waits() -> int | None:
     return None if whose is None else resource.getrusage(whose).ru_nvcsw
 
 
-def _fastest(samples: list[Sample]) -> list[float]:
-    """Seconds of the fastest runs."""
-    alone = sum(s.waited for s in samples) < len(samples) / 2
-    return sorted(s.thread if alone else s.wall for s in samples)[:FASTEST]
+def _fastest(samples: Mapping[str, list[Sample]]) -> dict[str, list[float]]:
+    """Seconds of each contender's fastest runs."""
+    alone = all(sum(s.waited for s in found) < len(found) / 2 for found in samples.values())
+    return {
+        name: sorted(s.thread if alone else s.wall for s in found)[:FASTEST]
+        for name, found in samples.items()
+    }
 
 
 def _settled(times: list[float], precision: float) -> bool:
