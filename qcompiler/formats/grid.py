@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from qcompiler.formats.element import Power
+from qcompiler.formats.element import Element, Integer, Power
 from qcompiler.formats.format import QFormat
 
 
@@ -83,7 +84,7 @@ class Grid:
 
     def least(self, like: Tensor) -> Tensor:
         """The number next to zero on the side of each number of `like`."""
-        step = torch.full_like(like, float(_least(self.format)))
+        step = torch.full_like(like, _least(self.format.kind))
         step = step * spread(self.scale, tuple(like.shape), self.format)
         return torch.where(like < 0, -step, step)
 
@@ -240,6 +241,8 @@ def _power(size: Tensor, fmt: QFormat) -> Tensor:
     return power.where(size.isfinite(), torch.nan)
 
 
-def _least(fmt: QFormat) -> float:
-    values = [1.0] if fmt.is_integer else fmt.kind.values().tolist()
-    return min((v for v in values if v > 0), default=1.0)
+@lru_cache(maxsize=64)
+def _least(kind: Element) -> float:
+    """The smallest positive number of a kind; 1 of integers."""
+    values = torch.ones(1) if isinstance(kind, Integer) else kind.values()
+    return float(values[values > 0].min())
