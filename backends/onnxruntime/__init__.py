@@ -1,7 +1,7 @@
 """ONNX Runtime: the quantized program as an ONNX file, executed by quantized kernels on the CPU.
 
-`capabilities.py` says which kernel serves which format, `dialect.py` puts it in, `session.py` runs
-the file. Needs `pip install 'qcompiler[onnx]'`.
+`capabilities.py` says which kernels serve which format, `choose.py` times them on this machine,
+`dialect.py` puts them in, `session.py` runs the file. Needs `pip install 'qcompiler[onnx]'`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from qcompiler.backend import Artifact, Backend, Capability
-from qcompiler.backends.onnxruntime.capabilities import CAPABILITIES, kernel_of
+from qcompiler.backends.onnxruntime.capabilities import CAPABILITIES, kernels_of
 from qcompiler.backends.onnxruntime.dialect import OnnxRuntimeDialect
 from qcompiler.export import NEEDS, Dialect, missing_packages
 from qcompiler.export.dialect import unwritable
@@ -33,7 +33,7 @@ class OnnxRuntimeBackend(Backend):
     def refuses(self, site: Site, scheme: Scheme) -> str | None:
         if why := unwritable(scheme.activation):
             return f"{self.name}: its input {why}"
-        if kernel_of(site, scheme, self.kernels) is not None:
+        if kernels_of(site, scheme, self.kernels):
             return None
         return f"{self.name} has no {site.kind.name} kernel for {scheme}"
 

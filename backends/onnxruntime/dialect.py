@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from qcompiler import ops
 from qcompiler.backends.onnxruntime import capabilities as names
 from qcompiler.backends.onnxruntime import kernels
-from qcompiler.backends.onnxruntime.layout import block_of, planes
+from qcompiler.backends.onnxruntime.layout import Plane, block_of, planes
 from qcompiler.export.dialect import Dialect, axes_of, format_of
 from qcompiler.export.draft import Draft
 from qcompiler.export.weights import Weight, container
@@ -35,9 +37,11 @@ class OnnxRuntimeDialect(Dialect):
         self._tokens: dict[fx.Node, fx.Node] = {}
 
     def site(self, draft: Draft, site: Site) -> None:
-        """The kernel that the table of capabilities gives the site."""
+        """The best of the kernels that the table of capabilities gives the site."""
         weight, x = self.weight(draft, site.weight), format_of(site.x)
-        kernel = None if weight is None else self._kernel(draft, site, weight, x)
+        kernel, words = None, ""
+        if weight is not None:
+            kernel, words = self._kernel(draft, site, weight, x)
         if kernel in (None, names.CONV, names.DEQUANTIZED):
             _keep_floating(draft, site, x)
         if weight is None or kernel is None:
@@ -48,19 +52,31 @@ class OnnxRuntimeDialect(Dialect):
             names.CONV_QDQ: self.conv,
             names.NBITS: self._nbits,
             names.TWO_NBITS: self._nbits,
+            names.NBITS_INT8: self._nbits_int8,
             names.GATHER: self.gather,
         }
         if make := makers.get(kernel):
             make(draft, site, weight)
-        draft.kernels[site.id] = kernel
+        draft.kernels[site.id] = words
 
-    def _kernel(self, draft: Draft, site: Site, weight: Weight, x: QFormat | None) -> str | None:
-        """Name of the kernel that serves the site here."""
-        found = names.kernel_of(site, Scheme(weight.format, x), self._kernels)
-        if found is not None and found.kernel == names.CONV_QDQ:
+    def _kernel(
+        self, draft: Draft, site: Site, weight: Weight, x: QFormat | None
+    ) -> tuple[str | None, str]:
+        """(name of the kernel that serves the site here, the same with why)."""
+        scheme = Scheme(weight.format, x)
+        found = [c.kernel for c in names.kernels_of(site, scheme, self._kernels)]
+        if not found:
+            return None, ""
+        if found[0] == names.CONV_QDQ:
             fits = _requantized(site.node) and _bias_fits(draft, site, weight)
-            return names.CONV_QDQ if fits else names.CONV
-        return None if found is None else found.kernel
+            kernel = names.CONV_QDQ if fits else names.CONV
+            return kernel, kernel
+        if site.kind.name != "linear" or find_spec("onnxruntime") is None:
+            return found[0], found[0]
+        from qcompiler.backends.onnxruntime import choose
+
+        out, width = weight.data.shape
+        return choose.best(found, (out, width), scheme)
 
     def dequantize(self, draft: Draft, node: fx.Node) -> None:
         """In plain operators, which ONNX Runtime evaluates when it opens the file."""
@@ -82,24 +98,40 @@ class OnnxRuntimeDialect(Dialect):
                 zero,
             )
         rows = draft.stored(weight, transpose=True)[:3]
-        draft.swap(site.node, kernels.integer_linear, self._tokens[source], zero, *rows, site.bias)
+        inputs = self._tokens[source], zero, *rows, site.bias, not weight.nibbles
+        draft.swap(site.node, kernels.integer_linear, *inputs)
 
     def _qdq(self, draft: Draft, site: Site, weight: Weight) -> None:
         rows = draft.stored(weight, transpose=True)[:3]
-        draft.swap(site.node, kernels.qdq_linear, site.x, *rows, site.bias)
+        draft.swap(site.node, kernels.qdq_linear, site.x, *rows, site.bias, not weight.nibbles)
 
     def _nbits(self, draft: Draft, site: Site, weight: Weight) -> None:
         block = block_of(weight.format, weight.data.shape[1])
-        assert block is not None
-        stored = [
-            tuple(
-                draft.constant(f"{weight.name}.plane{i}.{part}", t)
-                for part, t in (("data", p.data), ("scale", p.scale), ("zero", p.zero))
-            )
-            for i, p in enumerate(planes(weight, block))
-        ]
+        assert block is not None and site.x is not None
+        stored = _planes(draft, weight, planes(weight, block))
         bits = min(container(weight.format.bits), 4)
-        draft.swap(site.node, kernels.nbits_linear, site.x, stored, site.bias, bits, block)
+        draft.swap(site.node, kernels.nbits_linear, site.x, stored, site.bias, bits, block, 1)
+
+    def _nbits_int8(self, draft: Draft, site: Site, weight: Weight) -> None:
+        """The kernel rounds the input itself."""
+        source, width = site.x, weight.data.shape[1]
+        block = block_of(weight.format, width, format_of(source))
+        assert block is not None and source is not None
+        stored = _planes(draft, weight, planes(weight, block, integers=True))
+        bits = container(weight.format.bits)
+        x = source.args[0]
+        draft.swap(site.node, kernels.nbits_linear, x, stored, site.bias, bits, block, 4)
+
+
+def _planes(draft: Draft, weight: Weight, found: list[Plane]) -> list[Argument]:
+    """Constants for data, scale and zero points of each plane."""
+    return [
+        tuple(
+            draft.constant(f"{weight.name}.plane{i}.{part}", t)
+            for part, t in (("data", p.data), ("scale", p.scale), ("zero", p.zero))
+        )
+        for i, p in enumerate(found)
+    ]
 
 
 def _requantized(node: fx.Node) -> bool:

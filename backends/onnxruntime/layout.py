@@ -14,9 +14,15 @@ BLOCKS = (256, 128, 64, 32, 16)
 """Block sizes of `MatMulNBits`."""
 
 
-def block_of(fmt: QFormat, width: int) -> int | None:
-    """Block size with which `MatMulNBits` can express the format's groups; None if it cannot."""
+def block_of(fmt: QFormat, width: int, activation: QFormat | None = None) -> int | None:
+    """Block size with which `MatMulNBits` can express the format's groups; None if it cannot.
+
+    With an `activation`, which the kernel rounds by itself, it is that of its groups.
+    """
     group, bits = group_of(fmt, width), container(fmt.bits)
+    if activation is not None:
+        block = activation.block[-1] if activation.block else 0
+        return block if block in BLOCKS and (group % block == 0 or group == width) else None
     if group < width:
         return next((b for b in BLOCKS if group % b == 0), None)
     # One scale for a row may be repeated: the least memory, data padded to blocks and scales.
@@ -35,11 +41,12 @@ class Plane:
     """uint8 (N, ceil(blocks·bits/8)); None is the middle of the range."""
 
 
-def planes(weight: Weight, block: int) -> list[Plane]:
-    """The weight for `MatMulNBits`: one plane of 2 or 4 bits, or two of 4 for an 8 bit one.
+def planes(weight: Weight, block: int, integers: bool = False) -> list[Plane]:
+    """The weight for `MatMulNBits`: one plane, or two of 4 bits for an 8 bit one.
 
     q - z = 16 (q_high - z_high) + (q_low - z_low). The kernel for 8 bits has float arithmetic only
-    as a copy of the weight in float at each run, which makes one token ten times slower.
+    as a copy of the weight in float at each run, which makes one token ten times slower; in
+    `integers` it is as good as the others.
     """
     fields, zero = unsigned(weight)
     bits = container(weight.format.bits)
@@ -54,7 +61,11 @@ def planes(weight: Weight, block: int) -> list[Plane]:
         data = pack_fields(q, bits).reshape(rows, blocks, block * bits // 8)
         return Plane(data, s, None if z is None else pack_fields(z, bits))
 
-    if bits < 8:
+    if integers:
+        # A block of zeros is the difference of two equal sums, which need not vanish in float.
+        used = torch.nn.functional.pad(weight.floats() != 0, (0, blocks * block - width))
+        scale = scale * used.unflatten(1, (blocks, block)).any(-1)
+    if bits < 8 or integers:
         return [plane(fields, scale, zero, bits)]
     low_zero = torch.zeros_like(scale, dtype=torch.uint8) if zero is None else zero & 15
     return [

@@ -11,11 +11,15 @@ from qcompiler.capture.onnx.ops.quantized import dequantize, qc, requantized
 from qcompiler.capture.onnx.table import MICROSOFT, op
 
 linear = torch.nn.functional.linear
+INT8 = 4
 
 
 @op("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(call: Call, x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    """x Wᵀ with W (N, K) in unsigned integers of `bits`, blocks of `block_size` along K."""
+    """x Wᵀ with W (N, K) in unsigned integers of `bits`, blocks of `block_size` along K.
+
+    Level 4 lets the kernel multiply in int8: it rounds x block by block, where it has such a kernel.
+    """
     if call.given(4):
         raise call.refusal("its columns are reordered (g_idx); expected blocks in order")
     bits, block, width = call.int("bits"), call.int("block_size"), call.int("K")
@@ -32,6 +36,8 @@ def matmul_nbits(call: Call, x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
     )
     if stored != width:  # the last block is filled up
         weight = weight[:, :width]
+    if call.int("accuracy_level", 0) == INT8:
+        x = qc.fake_quantize(x, f"int8:group{block}:dynamic")
     return linear(x, weight, call.tensor(5) if call.given(5) else None)
 
 
