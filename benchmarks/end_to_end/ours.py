@@ -19,11 +19,13 @@ OURS: dict[str, dict[str, tuple[str, str, str]]] = {
         "qcompiler cpu W8A8": ("cpu", "int8:channel", INT8),
         "qcompiler cpu W4A32": ("cpu", "int4:group128:mirrored:scale(fp16)", "float"),
         "qcompiler onnxruntime W8A8": ("onnxruntime", "int8:channel", INT8),
+        "qcompiler onnxruntime W4A8 g32": ("onnxruntime", W4, "int8:group32:dynamic"),
     },
     "encoder": {
         "qcompiler cpu W4A8 g32": ("cpu", W4, INT8),
         "qcompiler cpu W8A8": ("cpu", "int8:channel", INT8),
         "qcompiler onnxruntime W8A8": ("onnxruntime", "int8:channel", INT8),
+        "qcompiler onnxruntime W4A8 g32": ("onnxruntime", W4, "int8:group32:dynamic"),
     },
     "pictures": {
         "qcompiler cpu W8A8 static": ("cpu", "int8:channel", "uint8:tensor:asym"),
