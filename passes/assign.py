@@ -20,6 +20,7 @@ from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.schemes import FLOAT, fit, is_head, why_not
 from qcompiler.sites import Site, sites
+from qcompiler.sums import sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class Assign(Pass):
     """Format of attention's values: `int4:token:asym:dynamic`."""
     probabilities: str = FLOAT
     """Format of attention's probabilities: `log4:tensor:dynamic`."""
+    sum: str = FLOAT
+    """Format of both addends where a convolution's result is added, `uint8:tensor:asym`: for
+    runtimes whose kernels yield integers."""
     exceptions: tuple[str, ...] = ()
     """`pattern=weight` or `pattern=weight/activation`, matched against node ids, first one wins."""
 
@@ -61,6 +65,7 @@ class Assign(Pass):
             edit.spend(f"{scheme}", site.node)
             edit.assign(site.node, scheme)
         self._attention(edit)
+        self._sums(edit)
         for number, (pattern, *_) in enumerate(rules):
             if number not in used:
                 raise BadInput(f"assign: exception {pattern!r} matches no site; see `inspect`")
@@ -83,6 +88,16 @@ class Assign(Pass):
             )
             edit.spend(f"{scheme}", attention.node)
             edit.assign(attention.node, scheme)
+
+    def _sums(self, edit: Edit) -> None:
+        if self.sum == FLOAT:
+            return
+        scheme, every = Scheme(activation=QFormat.parse(self.sum)), sums(edit.nodes)
+        if not every:
+            edit.note("no result of a convolution is added to anything: `sum` rounds nothing")
+        for found in every:
+            edit.spend(f"{scheme}", found.node)
+            edit.assign(found.node, scheme)
 
     def _choose(
         self, site: Site, rules: list[tuple[str, str, str]]

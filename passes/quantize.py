@@ -101,6 +101,7 @@ class Quantize(Pass):
                 edit.rewire(site.node, site.kind.weight, weights[key])
             inputs.input(site, scheme)
         inputs.attention()
+        inputs.sums()
         for text in remarks(solved, "gram" in rounding.needed()):
             edit.note(text)
 
@@ -112,6 +113,7 @@ class Quantize(Pass):
         for site in sites(scratch.nodes):
             inputs.input(site, scratch.plan.get(site.id, Scheme()))
         inputs.attention()
+        inputs.sums()
         return scratch.seal()[0]
 
 

@@ -23,6 +23,7 @@ from qcompiler.formats import NAMED_BLOCKS, Grid, QFormat, Scheme
 from qcompiler.program import shape_of
 from qcompiler.ranges import RANGES
 from qcompiler.sites import Edge, Site
+from qcompiler.sums import sums
 
 aten = torch.ops.aten
 qc = torch.ops.qc
@@ -122,6 +123,16 @@ class Rounder:
                 plain = spell_out(edit, found)
                 text = str(scheme.probabilities)
                 edit.replace(plain, edit.call(qc.fake_quantize.default, plain, text, like=plain))
+
+    def sums(self) -> None:
+        """Round addends as the plan says."""
+        for found in sums(list(self._edit.nodes)):
+            scheme = self._edit.plan.get(found.id, Scheme())
+            if scheme.activation is None:
+                continue
+            self._edit.spend(f"both addends rounded as the plan says: {scheme}", found.node)
+            for edge in found.edges:
+                self._round(edge, scheme.activation)
 
     def _round(self, edge: Edge, fmt: QFormat) -> None:
         key = (edge.x, fmt)

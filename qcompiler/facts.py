@@ -26,6 +26,7 @@ from qcompiler.samples import Flat
 from qcompiler.seen import STATISTICS, Seen
 from qcompiler.sites import Edge, sites
 from qcompiler.state import Solved
+from qcompiler.sums import sums
 from qcompiler.tagged import Tagged, untag, with_tag
 from qcompiler.walk import Walk
 
@@ -166,9 +167,11 @@ def measure(
 
 
 def _edges(program: Program) -> list[Edge]:
-    """What is measured: inputs of all sites, and of attention what the plan rounds."""
+    """What is measured: inputs of all sites, and of attention and sums what the plan rounds."""
     found = [e for s in sites(program.graph.nodes) if (e := s.input) is not None]
     for attention in attentions(program.graph.nodes):
         parts = program.plan.get(attention.id, Scheme()).attention
         found += [attention.edge(part) for part in parts if part != "probabilities"]
+    for added in sums(program.graph.nodes):
+        found += added.edges if added.id in program.plan else ()
     return found

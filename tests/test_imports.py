@@ -16,7 +16,7 @@ LAYERS = (
     "io history program match",
     "diff edit run samples sites objective module",
     "rounding",
-    "stored attention blocks vectors indices",
+    "stored attention sums blocks vectors indices",
     "fisher state synthetic",
     "walk",
     "facts check",

@@ -29,7 +29,7 @@ FLOAT32 = 1e-5
 REQUANTIZED = 1e-2
 """Tolerance where the kernel rounds its own output, so that a last bit may become a step."""
 
-_REQUANTIZED = f"where a static format reads the output, maybe behind a Relu; else {CONV}"
+_REQUANTIZED = f"where a static format reads the output, behind Relu or MaxPool too; else {CONV}"
 _ROUNDED = "float arithmetic; a quantized activation is rounded and goes on in float"
 _WIDENED = "4 bits and fewer become 8 when the file is opened"
 _BLOCKS = "activations in groups of 16, 32, 64, 128 or 256, of which those of weights are multiples"

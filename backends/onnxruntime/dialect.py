@@ -135,10 +135,12 @@ def _planes(draft: Draft, weight: Weight, found: list[Plane]) -> list[Argument]:
 
 
 def _requantized(node: fx.Node) -> bool:
-    """Whether nothing but one static format reads `node`, maybe behind a Relu."""
+    """Whether nothing but one static format reads `node`, maybe behind a Relu and a maximum, with
+    which rounding may change places."""
     users = list(node.users)
-    if len(users) == 1 and users[0].target is aten.relu.default:
-        users = list(users[0].users)
+    for between in (aten.relu.default, aten.max_pool2d.default):
+        if len(users) == 1 and users[0].target is between:
+            users = list(users[0].users)
     fmt = format_of(users[0]) if len(users) == 1 else None
     return fmt is not None and fmt.block is None and not fmt.dynamic
 

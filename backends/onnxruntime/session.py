@@ -14,8 +14,10 @@ from qcompiler.backends.onnxruntime.probe import saturates, session_options
 from qcompiler.errors import BackendError, first_line
 from qcompiler.export.artifact import FileArtifact
 from qcompiler.export.model import BYTES, KERNELS
+from qcompiler.formats import QFormat
 from qcompiler.program import Program
 from qcompiler.samples import Flat
+from qcompiler.sites import sites
 
 
 class OnnxArtifact(FileArtifact):
@@ -25,8 +27,8 @@ class OnnxArtifact(FileArtifact):
     """Site id → the kernel that it was written for."""
 
     def __init__(self, program: Program, folder: Path, temporary: object = None) -> None:
-        super().__init__(program, folder, temporary)
         self._program = program
+        super().__init__(program, folder, temporary)
 
     def run(self, inputs: Flat) -> tuple[object, ...]:
         if any(isinstance(x, torch.Tensor) and x.numel() == 0 for x in inputs):
@@ -34,9 +36,10 @@ class OnnxArtifact(FileArtifact):
         return super().run(inputs)
 
     def _open(self, path: Path) -> int:
+        options = session_options(exact=saturates() and _has_eight_bits(self._program))
         try:
             self._session = ort.InferenceSession(
-                path, session_options(saturates()), providers=["CPUExecutionProvider"]
+                path, options, providers=["CPUExecutionProvider"]
             )
             meta = self._session.get_modelmeta().custom_metadata_map
             self.kernels = json.loads(meta[KERNELS])
@@ -53,3 +56,12 @@ class OnnxArtifact(FileArtifact):
             return list(self._session.run(None, dict(zip(names, inputs, strict=True))))
         except Exception as error:  # see above; the text names the node by our id
             raise BackendError(f"ONNX Runtime failed: {first_line(error)}") from error
+
+
+def _has_eight_bits(program: Program) -> bool:
+    """Whether a product has weights of 8 bits: 255 · 64 · 2, with less, stays within 16 bits."""
+    weights = {n for s in sites(program.nodes) for n in (s.weight, *s.weight.all_input_nodes)}
+    return any(
+        n.target is torch.ops.qc.dequantize.default and QFormat.parse(str(n.args[3])).bits >= 8
+        for n in weights
+    )

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 W4 = "int4:group32:mirrored:scale(fp16)"
 INT8 = "int8:token:dynamic"
+SUMS = "uint8:tensor:asym sum=uint8:tensor:asym"
+UINT8 = "uint8:tensor:asym"
 OURS: dict[str, dict[str, tuple[str, str, str]]] = {
     "decoder": {
         "qcompiler cpu W4A8 g32": ("cpu", W4, INT8),
@@ -28,8 +30,9 @@ OURS: dict[str, dict[str, tuple[str, str, str]]] = {
         "qcompiler onnxruntime W4A8 g32": ("onnxruntime", W4, "int8:group32:dynamic"),
     },
     "pictures": {
-        "qcompiler cpu W8A8 static": ("cpu", "int8:channel", "uint8:tensor:asym"),
-        "qcompiler onnxruntime W8A8 static": ("onnxruntime", "int8:channel", "uint8:tensor:asym"),
+        "qcompiler cpu W8A8 static": ("cpu", "int8:channel", UINT8),
+        "qcompiler onnxruntime W8A8 static": ("onnxruntime", "int8:channel", UINT8),
+        "qcompiler onnxruntime W8A8 static, sums": ("onnxruntime", "int8:channel", SUMS),
     },
 }
 """Kind → name → backend, weight and activation format; the head is like all other layers."""

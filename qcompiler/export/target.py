@@ -51,10 +51,10 @@ class FileTarget(Backend):
             site = site_of(program.by_id[id]) if id in program.by_id else None
             if site is not None and (why := self.refuses(site, scheme)):
                 raise BackendError(f"node {id}: {why}; assign another format to it")
-            if scheme.attention:
+            if site is None:
                 raise BackendError(
-                    f"node {id}: {self.name} files do not say how attention is rounded ({scheme}); "
-                    "leave out `key`, `value` and `probabilities` of assign"
+                    f"node {id}: {self.name} files do not say how attention or sums are rounded "
+                    f"({scheme}); leave out `key`, `value`, `probabilities` and `sum` of assign"
                 )
         for node in program.nodes:
             if node.target in ONLINE:

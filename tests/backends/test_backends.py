@@ -40,12 +40,14 @@ def test_onnxruntime(model: str, recipe: str, allowed: float) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "onnxruntime"])
 @pytest.mark.parametrize("activation", ["int8:token:dynamic", "int8:tensor"])
-def test_nothing_saturates(backend: str, activation: str) -> None:
-    """Weights at ±127 steps and activations at their largest: 16-bit pair sums would overflow."""
+@pytest.mark.parametrize("weight", ["int8:channel", "int7:channel", "int4:channel"])
+def test_nothing_saturates(backend: str, activation: str, weight: str) -> None:
+    """Weights and activations at their largest: 16-bit pair sums of 8 bits would overflow."""
     model = torch.nn.Sequential(torch.nn.Linear(256, 32, bias=False), torch.nn.ReLU())
     model[0].weight.data.fill_(0.5)
     x = torch.full((4, 256), 3.0)
-    passes = f"canonicalize{{optional=true}},assign{{activation={activation} head=same}},quantize"
+    formats = f"weight={weight} activation={activation} head=same"
+    passes = f"canonicalize{{optional=true}},assign{{{formats}}},quantize"
     compiled = qcompiler.compile(model, x, passes=passes, backend=backend, data=[x])
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=0)
 

@@ -18,7 +18,7 @@ INT8 = 4
 def matmul_nbits(call: Call, x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
     """x Wᵀ with W (N, K) in unsigned integers of `bits`, blocks of `block_size` along K.
 
-    Level 4 lets the kernel multiply in int8: it rounds x block by block, where it has such a kernel.
+    At level 4 the kernel multiplies in int8: it rounds x block by block.
     """
     if call.given(4):
         raise call.refusal("its columns are reordered (g_idx); expected blocks in order")
