@@ -74,6 +74,7 @@ METHODS: dict[str, Method] = {
     "hqq": Method("hqq"),
     "adaround": Method("adaround"),
     "signround": Method("signround"),
+    "search + signround": Method("signround{search=mse}"),
     "smooth": Method(smooth="", rotations=EVERY),
     "smooth (searched)": Method(smooth="search=true", rotations=("none",), weights_only=False),
     "smooth + gptq": Method("gptq", "", weights_only=False),
