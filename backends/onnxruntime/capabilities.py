@@ -75,8 +75,9 @@ def kernels_of(
 
 def _blocks_fit(kernel: str, site: Site, scheme: Scheme) -> bool:
     """Whether `MatMulNBits` reads blocks of such sizes, and rounds its input as it is asked to."""
-    if kernel not in (NBITS, TWO_NBITS, NBITS_INT8) or scheme.weight is None:
-        return kernel not in (NBITS, TWO_NBITS, NBITS_INT8)
+    if kernel not in (NBITS, TWO_NBITS, NBITS_INT8):
+        return True
+    assert scheme.weight is not None  # their patterns say so
     width = int(site.weight.meta["val"].shape[-1])
     if kernel != NBITS_INT8:
         return block_of(scheme.weight, width) is not None

@@ -51,7 +51,7 @@ class FileTarget(Backend):
             site = site_of(program.by_id[id]) if id in program.by_id else None
             if site is not None and (why := self.refuses(site, scheme)):
                 raise BackendError(f"node {id}: {why}; assign another format to it")
-            if site is None:
+            if scheme.attention or (site is None and id in program.by_id):
                 raise BackendError(
                     f"node {id}: {self.name} files do not say how attention or sums are rounded "
                     f"({scheme}); leave out `key`, `value`, `probabilities` and `sum` of assign"
