@@ -14,6 +14,7 @@ from qcompiler import ops
 from qcompiler.backends.onnxruntime import capabilities as names
 from qcompiler.backends.onnxruntime import kernels
 from qcompiler.backends.onnxruntime.layout import Plane, block_of, planes
+from qcompiler.export import kernels as export
 from qcompiler.export.dialect import Dialect, axes_of, format_of
 from qcompiler.export.draft import Draft
 from qcompiler.export.weights import Weight, container
@@ -35,6 +36,10 @@ class OnnxRuntimeDialect(Dialect):
         super().__init__(unsigned)
         self._kernels = kernels
         self._tokens: dict[fx.Node, fx.Node] = {}
+
+    def quantize(self, draft: Draft, node: fx.Node) -> None:
+        """QuantizeLinear, wherever its scale is from."""
+        node.target = export.quantize
 
     def site(self, draft: Draft, site: Site) -> None:
         """The best of the kernels that the table of capabilities gives the site."""

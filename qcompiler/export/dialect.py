@@ -46,7 +46,7 @@ class Dialect:
             qc.dequantize.default: self.dequantize,
             qc.lookup.default: _plain(ops.lookup),
             qc.fake_quantize.default: self.fake_quantize,
-            qc.quantize.default: _plain(kernels.quantize),
+            qc.quantize.default: self.quantize,
             qc.dequantize_integers.default: _plain(kernels.dequantize_integers),
             qc.dynamic_scale.default: _plain(ops.dynamic_scale),
             qc.rope.default: _plain(ops.rope),
@@ -166,6 +166,13 @@ class Dialect:
             draft.swap(node, kernels.quantize_dynamic, x, axes, fmt.qmax)
         else:
             node.target = ops.fake_quantize
+
+    def quantize(self, draft: Draft, node: fx.Node) -> None:
+        """QuantizeLinear where the scale is stored, else plain operators: with a scale from the
+        data OpenVINO (2026.4) runs it in reference code, which on one machine was seen to return
+        the greatest number everywhere."""
+        known = draft.param(node.args[2]) is not None
+        node.target = kernels.quantize if known else ops.quantize_integers
 
     def _static(
         self,
