@@ -17,12 +17,14 @@ from torch import Tensor
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.attention import attention
 from qcompiler.backends.cpu.codegen.before import Before, spare_bytes
+from qcompiler.backends.cpu.codegen.dots import in_16_bits
 from qcompiler.backends.cpu.codegen.frame import Kernel
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.linear import linear as linear_kernel
 from qcompiler.backends.cpu.codegen.rope import rope as rope_kernel
 from qcompiler.backends.cpu.codegen.rows import Rounding, rows
 from qcompiler.backends.cpu.codegen.tile import Spec
+from qcompiler.backends.cpu.codegen.widen import widen
 from qcompiler.errors import BadInput
 from qcompiler.formats import QFormat
 
@@ -30,6 +32,8 @@ ALONE = 1 << 19
 """Products below which a second thread costs more than it brings."""
 ALONE_ROWS = 1 << 15
 """The same for numbers to be rounded."""
+WIDENED = 2
+"""Tokens for which it pays to make int16 of their codes, where products are taken in 16 bits."""
 LINE = 64
 """Bytes left free behind a row of activations: else all rows fall into one set of a cache."""
 Parameters = tuple[
@@ -67,6 +71,7 @@ def _plan(
     static: bool,
     shifted: bool,
     residual: bool,
+    ready: bool,
     isa: str,
 ) -> Plan:
     weight = QFormat.parse(format)
@@ -85,7 +90,7 @@ def _plan(
             static=static,
             before=first,
         )
-    spec = Spec(weight.bits, group, half, zeros, floating, shifted, residual)
+    spec = Spec(weight.bits, group, half, zeros, floating, ready, shifted, residual)
     unit = group or layout.CHUNK
     more = spare_bytes(host(), first)
     return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating, more)
@@ -115,9 +120,14 @@ class LinearCall:
         width, padded = x.shape[-1], y.shape[-1]
         source, x_stride = by_rows(x)
         tokens = source.numel() // width
+        ready = (
+            tokens >= WIDENED
+            and activation != "float"
+            and in_16_bits(host(), QFormat.parse(format).bits)
+        )
         how = _plan(
             format, activation, before, scale.dtype == torch.float16, zero is not None,
-            x_scale is not None, start is not None, residual is not None, host().name,
+            x_scale is not None, start is not None, residual is not None, ready, host().name,
         )  # fmt: skip
         full = layout.padded(width, how.unit)
         chunks, groups = full // layout.CHUNK, full // how.group if how.group else 1
@@ -129,10 +139,13 @@ class LinearCall:
         stride = full * (4 if how.floating else 1) + LINE
         threads = torch.get_num_threads() if tokens * width * padded > ALONE else 1
         members = threads if tokens * width > ALONE_ROWS else 1
-        codes = scratch(tokens * (stride + 4 * groups + 4) + (4 * full + how.spare) * members)
+        wide = 2 * full + LINE if ready else 0
+        room = tokens * (stride + wide + 4 * groups + 4) + (4 * full + how.spare) * members
+        codes = scratch(room)
         totals = codes + tokens * stride
         scales = totals + 4 * tokens * groups
         work = scales + 4 * tokens
+        inputs = room + codes - tokens * wide if ready else codes
         gain, shift = (p if p is None else p.float().contiguous() for p in (gain, shift))
         if residual is not None and residual.shape[-1] != padded:
             residual = torch.nn.functional.pad(residual.float(), (0, padded - residual.shape[-1]))
@@ -144,15 +157,20 @@ class LinearCall:
             _address(gain), _address(shift), work, _address(x_scale),
             tokens, width, x_stride, stride, chunks, other_stride, members,
         )  # fmt: skip
+        self._widen = None
+        if ready:
+            self._widen = widen(host()).bound(codes, inputs, tokens, full, stride, wide, members)
         self._product = how.product.bound(
-            y.data_ptr(), codes, totals, scales, weight.data_ptr(), scale.data_ptr(),
+            y.data_ptr(), inputs, totals, scales, weight.data_ptr(), scale.data_ptr(),
             _address(zero), bias.data_ptr(), more.data_ptr(), _address(start), _address(x_zero),
-            chunks, stride, 4 * padded, more_stride, tokens, weight.shape[0], threads,
+            chunks, wide or stride, 4 * padded, more_stride, tokens, weight.shape[0], threads,
         )  # fmt: skip
 
     def __call__(self) -> None:
         """Run it."""
         self._rows()
+        if self._widen:
+            self._widen()
         self._product()
 
 

@@ -12,16 +12,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from qcompiler.backends.cpu import winograd
 from qcompiler.backends.cpu.calls import ALONE, ALONE_ROWS, Parameters
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.conv import conv
-from qcompiler.backends.cpu.codegen.frame import Kernel
+from qcompiler.backends.cpu.codegen.dots import in_16_bits
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.mean import mean
 from qcompiler.backends.cpu.codegen.patches import patches
 from qcompiler.backends.cpu.codegen.pixels import borders, largest, pixels, scales
 from qcompiler.backends.cpu.codegen.rows import Rounding
 from qcompiler.backends.cpu.codegen.tile import Spec
+from qcompiler.backends.cpu.codegen.widen import widen
+from qcompiler.backends.cpu.codegen.winograd import winograd as fewer_products
 from qcompiler.backends.cpu.window import Pair, Window, copied, geometry, inside
 from qcompiler.formats import QFormat
 
@@ -66,7 +69,8 @@ class Image:
         self.alike = 1 if fmt.dynamic and fmt.block is not None else batch
         """Images that share a scale."""
         self._held = (x_scale, x_zero)
-        sizes = (self.pixels * pitch, 4 * self.pixels, 4 * batch)
+        beyond = self.full[1] + 1  # pixels that tiles of two may reach over its end
+        sizes = ((self.pixels + beyond) * pitch, 4 * self.pixels, 4 * batch)
         self.codes, self.sums, found = _starts(memory(_total(sizes)), sizes)
         self.scale = found if x_scale is None else x_scale.data_ptr()
         self.point = _address(x_zero)
@@ -133,9 +137,8 @@ class FrameCall:
 
 
 @lru_cache(maxsize=256)
-def _plan(
+def _spec(
     format: str,
-    gathers: bool,
     half: bool,
     zeros: bool,
     shifted: bool,
@@ -143,15 +146,14 @@ def _plan(
     relu: bool,
     hand: str,
     floats: bool,
-    isa: str,
-) -> tuple[Kernel, Kernel]:
-    bits = QFormat.parse(format).bits
+    ready: bool,
+) -> Spec:
     codes = None
     if hand:
         rounding = rounding_of(hand)
         codes = (rounding.qmin, rounding.qmax)
-    spec = Spec(bits, 0, half, zeros, False, shifted, residual, relu, codes, floats)
-    return patches(host(), gathers, bool(hand)), conv(host(), spec)
+    bits = QFormat.parse(format).bits
+    return Spec(bits, 0, half, zeros, False, ready, shifted, residual, relu, codes, floats)
 
 
 class ConvCall:
@@ -173,47 +175,73 @@ class ConvCall:
         """`y` and `residual` (batch, height, width, whole blocks of outputs) float32, contiguous;
         y may be left out where there is a `hand`, which lies as y does."""
         weight, scale, zero, start, bias, *_ = parameters
+        bits, isa = QFormat.parse(format).bits, host()
+        fewer = winograd.serves(isa.name, bits, image, window, zero is not None)
         gathers = copied(image.channels, window.taps)
-        gather, product = _plan(
-            format, gathers, scale.dtype == torch.float16, zero is not None,
-            start is not None, residual is not None, relu, hand.activation if hand else "",
-            y is not None, host().name,
+        ready = in_16_bits(isa, bits) and not fewer
+        spec = _spec(
+            format, scale.dtype == torch.float16, zero is not None, start is not None,
+            residual is not None, relu, hand.activation if hand else "", y is not None, ready,
         )  # fmt: skip
         at = geometry(image.batch, image.height, image.width, image.padding, window)
         tokens, runs = at.places.numel(), at.runs.numel()
         blocks, chunks = weight.shape[:2]
         row = layout.CHUNK * chunks if gathers else 0
-        sizes = (4 * tokens, 4 * tokens, tokens * row)
-        total, scales, patch = _starts(scratch(_total(sizes)), sizes)
+        pixel, pixels = (row, tokens) if gathers else (image.pitch, image.pixels)
+        threads = torch.get_num_threads() if tokens * weight.numel() > ALONE else 1
+        tiles = winograd.Tiling.of(image, window, threads) if fewer else None
+        sizes = (
+            4 * tokens, 4 * tokens, tokens * row, 2 * pixel * pixels if ready else 0,
+            tiles.bytes * threads if tiles else 0,
+        )  # fmt: skip
+        total, scales, patch, wide, work = _starts(scratch(_total(sizes)), sizes)
         targets, into = at.places, (0, 0, 0, 0)
         if hand is not None:
             targets = inside(hand.batch, hand.height, hand.width, hand.padding)
             into = (hand.codes, hand.sums, hand.scale, hand.point)
-        self._held = (image, y, parameters, residual, hand, at, targets)
         self.writes = y is not None
         """Whether the result is written as numbers."""
-        threads = torch.get_num_threads() if tokens * weight.numel() > ALONE else 1
-        long, short = STRIPS
-        strip = long if threads == 1 or tokens * blocks > 16 * long * threads else short
-        self._gather = gather.bound(
+        self._gather = patches(isa, gathers, hand is not None).bound(
             image.sums, image.scale, total, scales, at.places.data_ptr(), at.taps.data_ptr(),
             image.codes, patch, at.runs.data_ptr(), image.point, into[1], targets.data_ptr(),
             tokens, window.taps, tokens // image.batch * image.alike, image.pitch,
             runs, image.channels * window.taps // runs, row,
             threads if tokens * window.taps > ALONE_ROWS else 1,
         )  # fmt: skip
-        self._product = product.bound(
-            _address(y), patch if gathers else image.codes, total, scales, weight.data_ptr(),
+        x = patch if gathers else image.codes
+        self._widen = None
+        if ready:
+            self._widen = widen(isa).bound(
+                x, wide, pixels, pixel, pixel, 2 * pixel, threads if tokens > ALONE_ROWS else 1
+            )
+            x, pixel = wide, 2 * pixel
+        places, shared = at.numbers if gathers else at.places, weight
+        if tiles:
+            places, shared = tiles.places, winograd.weights(weight, bits)
+        self._held = (image, y, parameters, residual, hand, at, targets, tiles, shared)
+        frame = (
+            _address(y), x, total, scales, shared.data_ptr(),
             scale.data_ptr(), _address(zero), bias.data_ptr(), _address(residual), _address(start),
-            image.point, (at.numbers if gathers else at.places).data_ptr(), at.taps.data_ptr(),
-            *into, targets.data_ptr(),
-            chunks, 0, 64 * blocks, 64 * blocks, 1 if gathers else window.taps,
-            row or image.pitch, hand.pitch if hand else 0, tokens, blocks, strip, threads,
+            image.point, places.data_ptr(), at.taps.data_ptr(), *into, targets.data_ptr(),
         )  # fmt: skip
+        numbers = (
+            chunks, 0, 64 * blocks, 64 * blocks, 1 if gathers else window.taps,
+            pixel, hand.pitch if hand else 0,
+        )  # fmt: skip
+        if tiles:
+            self._product = fewer_products(isa, spec).bound(
+                *frame, tiles.corners.data_ptr(), work, *numbers, blocks, *tiles.numbers, threads
+            )
+        else:
+            long, short = STRIPS
+            strip = long if threads == 1 or tokens * blocks > 16 * long * threads else short
+            self._product = conv(isa, spec).bound(*frame, *numbers, tokens, blocks, strip, threads)
 
     def __call__(self) -> None:
         """Run it."""
         self._gather()
+        if self._widen:
+            self._widen()
         self._product()
 
 

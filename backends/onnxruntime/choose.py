@@ -74,9 +74,7 @@ def _seconds(
     return {str(name): float(value) for name, value in kept.items()}
 
 
-def _measure(
-    kernels: tuple[str, ...], out: int, width: int, scheme: Scheme
-) -> dict[str, float]:
+def _measure(kernels: tuple[str, ...], out: int, width: int, scheme: Scheme) -> dict[str, float]:
     made = {k: _made(k, out, width, scheme) for k in kernels}
     times: dict[str, list[float]] = {k: [] for k in kernels}
     for tokens in TOKENS:

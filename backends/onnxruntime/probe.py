@@ -128,4 +128,3 @@ def rounds_input(bits: int, block: int) -> bool:
         if np.linalg.norm(off) > 1e-5 * np.linalg.norm(wanted):
             return False
     return True
-

@@ -38,9 +38,7 @@ class OnnxArtifact(FileArtifact):
     def _open(self, path: Path) -> int:
         options = session_options(exact=saturates() and _has_eight_bits(self._program))
         try:
-            self._session = ort.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             meta = self._session.get_modelmeta().custom_metadata_map
             self.kernels = json.loads(meta[KERNELS])
             return int(meta[BYTES])

@@ -22,8 +22,9 @@ from qcompiler.sites import sites
 
 pytestmark = pytest.mark.skipif(not GENERATED, reason="llvmlite is not installed")
 if GENERATED:
-    from qcompiler.backends.cpu import choose_conv
+    from qcompiler.backends.cpu import choose_conv, winograd
     from qcompiler.backends.cpu.codegen import isa as isas
+    from qcompiler.backends.cpu.codegen.winograd import CHANNELS
     from qcompiler.backends.cpu.conv_calls import ConvCall, RoundCall
     from qcompiler.backends.cpu.executor import Settled
     from qcompiler.backends.cpu.window import Window
@@ -88,6 +89,73 @@ def test_every_format(shape: tuple, isa: str) -> None:
         again, _ = product(q, x.contiguous(memory_format=torch.channels_last), activation,
                            Window(*window), torch.arange(out) / out)  # fmt: skip
         assert torch.equal(got, again)
+
+
+TILED = (
+    (1, 64, 8, 8, 64),
+    (2, 60, 7, 9, 17),
+    (3, 55, 5, 4, 32),
+    (1, 128, 1, 16, 16),
+)
+"""Batch, channels, height, width, outputs of what is computed in tiles of 2 × 2."""
+
+
+@pytest.mark.parametrize("shape", TILED, ids=str)
+@pytest.mark.parametrize("weight", ["int8:channel:full", "int7:tensor", "int5:channel"])
+def test_fewer_products_are_the_same_sums(
+    shape: tuple[int, ...], weight: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, whatever the number of threads."""
+    if isas.host().name != "avx2":
+        monkeypatch.setenv(isas.VARIABLE, "avx2")
+        if "avx2" not in isas._available():
+            pytest.skip("this CPU has no AVX2")
+    batch, channels, height, width, out = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, channels, height, width, generator=generator) + 0.3
+    q = nearest(torch.randn(out, channels * 9, generator=generator), QFormat.parse(weight))
+    served: list[bool] = []
+    chosen = winograd.serves
+    monkeypatch.setattr(winograd, "serves", lambda *a: served.append(chosen(*a)) or served[-1])
+    for activation in ACTIVATIONS:
+        for padding in ((1, 1), (0, 2)):
+            if height + 2 * padding[0] < 3:
+                continue
+            window = Window((3, 3), (1, 1), padding, (1, 1))
+            found = []
+            for threads, fewer in ((1, True), (2, True), (1, False)):
+                torch.set_num_threads(threads)
+                with monkeypatch.context() as patch:
+                    if not fewer:
+                        patch.setattr(winograd, "serves", lambda *a: False)
+                    found.append(product(q, x, activation, window, torch.arange(out) / out)[0])
+            torch.set_num_threads(1)
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert any(served)
+
+
+def test_the_most_channels_of_fewer_products_do_not_overflow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(isas.VARIABLE, "avx2")
+    if "avx2" not in isas._available():
+        pytest.skip("this CPU has no AVX2")
+    fmt, channels = QFormat.parse("int8:channel:full"), CHANNELS
+    q = QTensor(
+        torch.full((16, 9 * channels), -128, dtype=torch.int16),
+        Grid(fmt, torch.ones(16, 1)),
+    )
+    for x in (torch.ones(1, channels, 4, 4), -torch.ones(1, channels, 4, 4)):
+        for zero in (0, 255):
+            static = Static(torch.tensor([1 / 255]), torch.tensor([zero], dtype=torch.int16))
+            window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+            call = choose_conv.prepare(
+                q, channels, None, QFormat.parse("uint8:tensor:asym"), static, window
+            )
+            grid = Grid(QFormat.parse("uint8:tensor:asym"), static.scale, static.zero)
+            weight = torch.full((16, channels, 3, 3), -128.0, dtype=torch.float64)
+            want = torch.conv2d(grid.round(x.double()), weight, padding=1)
+            assert relative_error(want, call(x)) < 1e-6
 
 
 def test_nothing_saturates(isa: str) -> None:

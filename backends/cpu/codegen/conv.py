@@ -52,11 +52,11 @@ def conv(isa: Isa, spec: Spec) -> Kernel:
 def module(isa: Isa, spec: Spec) -> ir.Module:
     """Its IR."""
     made = ir.Module("conv")
-    entry(made, SIZES, PLACES, _Strips(made, isa, spec).write)
+    entry(made, SIZES, PLACES, Strips(made, isa, spec).write)
     return made
 
 
-class _Taps(Tile):
+class Taps(Tile):
     """A tile whose tokens read a pixel for each tap."""
 
     pointers: ClassVar[tuple[str, ...]] = PLACES
@@ -81,7 +81,7 @@ class _Taps(Tile):
             at = code.mul(code.load(I64, given["taps"], code.mul(tap, 8)), given["pitch"])
             before = code.mul(tap, per_tap)
             # Chunks are counted over all taps, bytes of a pixel from its own start.
-            at = code.add(at, code.mul(before, -CHUNK))
+            at = code.add(at, code.mul(before, -CHUNK * self.sums.step // 4))
             self._rows = [code.add(start, at) for start in starts]
             with code.loop(before, code.add(before, per_tap)) as chunk:
                 self._chunk(chunk)
@@ -135,10 +135,10 @@ class _Taps(Tile):
             code.store(mark, self.given["next_sum"], code.mul(self._targets[m], 4))
 
 
-class _Strips(Loops):
+class Strips(Loops):
     """Tiles over strips of outputs and groups of blocks, which threads share."""
 
-    tile: ClassVar[type[Tile]] = _Taps
+    tile: ClassVar[type[Tile]] = Taps
 
     def write(self, code: Code, given: Mapping[str, Value], thread: Value, threads: Value) -> None:
         tokens, strip = given["tokens"], given["strip"]

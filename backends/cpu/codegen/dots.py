@@ -141,25 +141,35 @@ class PairDots(Dots):
 
 
 class WideDots(Dots):
-    """s16 × s16, two products to 32 bits (AVX2), for codes of 8 bits: even and odd bytes apart."""
-
-    signed8: ClassVar[bool] = True
+    """u8 × s8 in 16 bits, two products to 32 (AVX2), for codes of 8 bits: even and odd bytes
+    apart."""
 
     def weights(self, codes: Value, zero: Value | None) -> tuple[Value, Value]:
-        return self._apart(super().weights(codes, zero))
+        b, short = self.code.b, self._short(codes)
+        low = b.and_(short, self.code.constant(I16, 255, self.isa.bytes // 2))
+        return low, b.lshr(short, self.code.constant(I16, 8, self.isa.bytes // 2))
 
     def inputs(self, x: Value, offset: Value) -> tuple[Value, Value]:
-        return self._apart(super().inputs(x, offset))
+        b, short = self.code.b, self._short(super().inputs(x, offset))
+        eight = self.code.constant(I16, 8, self.isa.bytes // 2)
+        return b.ashr(b.shl(short, eight), eight), b.ashr(short, eight)
 
     def add(self, cell: Hashable, codes: tuple[Value, Value], x: tuple[Value, Value]) -> None:
         for a, b in zip(codes, x, strict=True):
             self.more(cell, self.code.call(MADD, self.kind, a, b))
 
-    def _apart(self, bytes_: Value) -> tuple[Value, Value]:
-        b, lanes = self.code.b, self.isa.bytes // 2
-        short = b.bitcast(bytes_, vector(I16, lanes))
-        eight = self.code.constant(I16, 8, lanes)
-        return b.ashr(b.shl(short, eight), eight), b.ashr(short, eight)
+    def _short(self, value: Value) -> Value:
+        return self.code.b.bitcast(value, vector(I16, self.isa.bytes // 2))
+
+
+class ReadyDots(WideDots):
+    """The same with inputs that come as int16 (`widen.py`)."""
+
+    step: ClassVar[int] = 8
+
+    def inputs(self, x: Value, offset: Value) -> tuple[Value, Value]:
+        even, odd = (Dots.inputs(self, x, self.code.add(offset, n)) for n in (0, 4))
+        return self._short(even), self._short(odd)
 
 
 class PlainDots(Dots):
@@ -175,8 +185,15 @@ class PlainDots(Dots):
             self.more(cell, b.mul(w, value))
 
 
-def dots(isa: Isa, bits: int) -> type[Dots]:
-    """How products of codes of `bits` are taken."""
+def in_16_bits(isa: Isa, bits: int) -> bool:
+    """Whether products of codes of `bits` are taken in 16 bits, so that inputs may come as such."""
+    return isa.name == "avx2" and bits == 8
+
+
+def dots(isa: Isa, bits: int, ready: bool = False) -> type[Dots]:
+    """How products of codes of `bits` are taken; `ready`: inputs come as int16."""
+    if in_16_bits(isa, bits):
+        return ReadyDots if ready else WideDots
     if isa.name == "avx2":
-        return WideDots if bits == 8 else PairDots
+        return PairDots
     return {"vnni": QuadDots, "neon": SignedQuadDots}.get(isa.name, PlainDots)

@@ -66,6 +66,8 @@ class Spec:
     """Each group has a zero point, float32: as the product s z, or z for floating activations."""
     floating: bool = False
     """Activations are float32, not int8."""
+    ready: bool = False
+    """int8 activations come as int16: see `widen.py`."""
     shifted: bool = False
     """int8 activations have a zero point, one for all."""
     residual: bool = False
@@ -112,7 +114,9 @@ class Tile:
         self.code = Code(self.function)
         self.vectors = 64 // isa.bytes
         self.cells = [(m, *place) for m in range(tokens) for place in self._places]
-        made: type[Dots] | type[Products] = Products if spec.floating else dots(isa, spec.bits)
+        made: type[Dots] | type[Products] = (
+            Products if spec.floating else dots(isa, spec.bits, spec.ready)
+        )
         self.sums = made(self.code, isa, spec.bits, list(self.cells))
         self.floats = {cell: self._float() for cell in self.cells}
         self._write()
