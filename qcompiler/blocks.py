@@ -87,7 +87,7 @@ def _cuts(order: list[fx.Node]) -> list[int]:
             if width == 1 or len(inside) > MOST_SITES:
                 for before, behind in itertools.pairwise(inside):
                     free = [i for i in range(before + 1, behind + 1) if carried[i] <= width]
-                    found |= set(free[:1])
+                    found |= set(free[-1:])
     return sorted(found)
 
 

@@ -19,6 +19,7 @@ from qcompiler.fisher import fisher
 from qcompiler.formats import Scheme
 from qcompiler.keep import Keep
 from qcompiler.observers import Histogram, Range, Sample
+from qcompiler.padding import Padding, rows
 from qcompiler.program import Program, node_id
 from qcompiler.rounding.base import Rounding
 from qcompiler.run import evaluate, param_value
@@ -126,22 +127,25 @@ def measure(
     readers: dict[fx.Node, list[Edge]] = {}
     for edge in _edges(program):
         readers.setdefault(edge.x, []).append(edge)
+    padding = Padding(program)
     batches: list[Flat] = []
     tags: set[str] = set()
 
-    def look(node: fx.Node, value: object, tag: str) -> None:
+    def look(node: fx.Node, value: object, tag: str, counts: Tensor | None) -> None:
         if node not in readers or not isinstance(value, Tensor):
             return
         for edge in readers[node]:
-            rows = value.detach().float().movedim(edge.channel, -1).flatten(0, -2)
-            if not rows.numel():
+            last = edge.channel in (-1, value.ndim - 1)
+            seen_of = rows(value, counts) if last else value
+            vectors = seen_of.detach().float().movedim(edge.channel, -1).flatten(0, -2)
+            if not vectors.numel():
                 continue
-            if not bool(rows.isfinite().all()):
+            if not bool(vectors.isfinite().all()):
                 raise BadInput(
                     f"calibration meets NaN or infinite values at the input of {edge.name}"
                     + (f" {with_tag(tag)}" if tag else "")
                 )
-            seen.add(edge.name, tag, rows)
+            seen.add(edge.name, tag, vectors)
 
     count, written = 0, time.monotonic()
     for count, batch in enumerate(data, 1):
@@ -150,7 +154,8 @@ def measure(
         if {"batches", "fisher"} & set(needs):
             batches.append(inputs)
         if kinds and count > seen.batches:
-            evaluate(program, inputs, partial(look, tag=tag))
+            counts = padding.counts(inputs)
+            evaluate(program, inputs, partial(look, tag=tag, counts=counts))
             seen.batches = count
             if time.monotonic() - written > EVERY:
                 seen.write()

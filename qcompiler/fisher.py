@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.objective import fitting
+from qcompiler.padding import Padding
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import sites
@@ -36,12 +37,12 @@ def fisher(
     leaves = {n: program.params[n].detach().requires_grad_() for n in set(names.values())}
     total = {n: torch.zeros_like(leaf, dtype=torch.float32) for n, leaf in leaves.items()}
     logits = fitting(program) == "kl_top"
-    generator = torch.Generator().manual_seed(0)
+    generator, padding = torch.Generator().manual_seed(0), Padding(program)
     for number, inputs in enumerate(batches, 1):
         params = [leaves.get(n, program.params[n]) for n in program.slots.values()]
         outputs = [
             t
-            for t in program.function(*params, *inputs)
+            for t in padding.data(inputs, program.function(*params, *inputs))
             if isinstance(t, Tensor) and t.is_floating_point()
         ]
         score = _likelihood(outputs[0], generator) if logits else _projection(outputs, generator)

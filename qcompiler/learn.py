@@ -21,6 +21,7 @@ from qcompiler.errors import BadInput
 from qcompiler.facts import Tick
 from qcompiler.formats import QFormat
 from qcompiler.objective import Objective
+from qcompiler.padding import Padding
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import Site, sites
@@ -88,7 +89,7 @@ def learn(
         raise BadInput("training needs at least one batch of inputs")
     aside = -(-len(batches) // 8)
     held, feed = batches[:aside], batches[aside:] or batches
-    student = simulate(program)
+    padding, student = Padding(program), simulate(program)
     maps = [
         _TRAINERS[kind](name, program.params[name])
         for name, kind in student.maps.items()
@@ -98,7 +99,8 @@ def learn(
     def loss(inputs: Flat) -> Tensor:
         values = {m.name: m.value() for m in maps}
         params = [values.get(n, student.params[n]) for n in student.slots.values()]
-        return objective(program.flat(inputs), tuple(student.function(*params, *inputs)))
+        found = tuple(student.function(*params, *inputs))
+        return objective(*(padding.data(inputs, y) for y in (program.flat(inputs), found)))
 
     def judge() -> float:
         with torch.no_grad():

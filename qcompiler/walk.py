@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from qcompiler.errors import BadInput
 from qcompiler.formats import QFormat, QTensor
 from qcompiler.keep import Keep
 from qcompiler.observers import Gram, Range, Sample, Statistic
+from qcompiler.padding import Padding, rows
 from qcompiler.program import Program, node_id
 from qcompiler.rounding.base import Inputs, Layer, Rounding, output_error
 from qcompiler.rounding.nearest import Nearest
@@ -75,6 +77,12 @@ class Walk:
         if node.target is torch.ops.qc.fake_quantize.default and node_id(node) in self.added:
             return args[0]
         return compute(node, args, kwargs)
+
+    @cached_property
+    def counts(self) -> list[Tensor | None]:
+        """Which tokens of each batch count; see `padding.py`."""
+        padding = Padding(self.program)
+        return [padding.counts(batch) for batch in self.batches]
 
     @property
     def exact(self) -> bool:
@@ -164,22 +172,24 @@ class _Step:
             for s in wanted.values()
         }
 
-        def look(site: Site, x: Tensor) -> None:
+        def look(site: Site, x: Tensor, counts: Tensor | None) -> None:
             if shared.get(site.id) != site.id or not x.numel():
                 return
-            rows = vectors(site, x)
-            if not bool(rows.isfinite().all()):
+            seen = vectors(site, x if site.kind.name == "conv" else rows(x, counts))
+            if not seen.numel():
+                return
+            if not bool(seen.isfinite().all()):
                 raise BadInput(
                     f"calibration meets NaN or infinite values at the input of {site.id}"
                 )
             mine = found.setdefault(site.id, {})
             for name, kind in kinds.items():
-                new = kind.of(rows)
+                new = kind.of(seen)
                 mine[name] = mine[name].merge(new) if name in mine else new
 
         last = next(n for n in reversed(self._block.nodes) if n in wanted)
-        for values in self._state.rounded:
-            self._run(values, look=look, until=last)
+        for values, counts in zip(self._state.rounded, self._walk.counts, strict=True):
+            self._run(values, look=partial(look, counts=counts), until=last)
         return {id: found[same] for id, same in shared.items() if same in found}
 
     def _run(
@@ -228,6 +238,10 @@ class _Step:
     def found(self, batch: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What the block computes with these `weights` on what the rounded program hands it."""
         return self._outputs(self._run(self._state.rounded[batch], weights))
+
+    def counted(self, batch: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What is no padding of `outputs`."""
+        return tuple(rows(y, self._walk.counts[batch]) for y in outputs)
 
     def predictions(self, batch: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the rest of the float program makes of `outputs`."""

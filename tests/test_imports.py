@@ -17,6 +17,7 @@ LAYERS = (
     "diff edit run samples sites objective module",
     "rounding",
     "stored attention sums blocks vectors indices",
+    "padding",
     "fisher state synthetic",
     "walk",
     "facts check",

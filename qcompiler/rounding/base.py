@@ -70,6 +70,9 @@ class Block(Protocol):
         """What the block computes with these `weights` (of layers, (out, in), differentiable), on
         what the quantized program hands it, with activations rounded as the plan says."""
 
+    def counted(self, batch: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What is no padding of a block's outputs, or of predictions: (tokens, …)."""
+
     def predictions(self, batch: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the rest of the float program makes of the block's `outputs`, differentiable."""
 

@@ -32,7 +32,7 @@ BlockObjective = Callable[[Block, int, Outputs, Outputs], Tensor]
 
 def block_error(block: Block, batch: int, outputs: Outputs, wanted: Outputs) -> Tensor:
     """Σ ‖y' - y‖² / ‖y‖²."""
-    return mse(wanted, outputs)
+    return mse(block.counted(batch, wanted), block.counted(batch, outputs))
 
 
 def kl(wanted: tuple[object, ...], found: tuple[object, ...]) -> Tensor:
@@ -51,7 +51,8 @@ def by_prediction(compare: Objective) -> BlockObjective:
     def objective(block: Block, batch: int, outputs: Outputs, wanted: Outputs) -> Tensor:
         with torch.no_grad():
             teacher = tuple(p.detach() for p in block.predictions(batch, wanted))
-        return compare(teacher, block.predictions(batch, outputs))
+        found = block.predictions(batch, outputs)
+        return compare(block.counted(batch, teacher), block.counted(batch, found))
 
     return objective
 

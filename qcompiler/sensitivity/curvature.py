@@ -67,7 +67,7 @@ def traces(
 
 
 def _gradients(study: Study, batch: Flat, seen: Trace, leaves: list[Tensor]) -> list[Tensor]:
-    loss = study.objective(study.program.flat(batch), seen.result)
+    loss = study.compare(batch, study.program.flat(batch), seen.result)
     grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     return [
         torch.zeros_like(leaf, requires_grad=True) if g is None else g

@@ -46,7 +46,8 @@ class GaussNewton(Metric):
     def sample(self, study: Study, batch: Flat, draw: int) -> Tensor:
         seen = trace(study, batch, "y")
         leaves = list(seen.y.values())
-        grads = torch.autograd.grad(score(study, seen.result, draw), leaves, allow_unused=True)
+        wanted = score(study, batch, seen.result, draw)
+        grads = torch.autograd.grad(wanted, leaves, allow_unused=True)
         felt = {
             id: torch.zeros_like(leaf) if grad is None else grad
             for (id, leaf), grad in zip(seen.y.items(), grads, strict=True)

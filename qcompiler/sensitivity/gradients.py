@@ -35,7 +35,7 @@ class Fisher(Metric):
         leaves = {("w", id): leaf for id, leaf in seen.weight.items()}
         leaves |= {("x", id): leaf for id, leaf in seen.x.items()}
         found = torch.autograd.grad(
-            score(study, seen.result, draw), list(leaves.values()), allow_unused=True
+            score(study, batch, seen.result, draw), list(leaves.values()), allow_unused=True
         )
         grads = dict(zip(leaves, found, strict=True))
         columns = []

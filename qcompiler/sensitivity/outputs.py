@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.formats import Scheme
+from qcompiler.padding import rows
 from qcompiler.samples import Flat
 from qcompiler.sensitivity.base import Metric
 from qcompiler.sensitivity.study import Study, rounded_input
@@ -29,13 +30,15 @@ class Error(Metric):
     def sample(self, study: Study, batch: Flat, draw: int) -> Tensor:
         seen = trace(study, batch)
         columns = []
+        counts = study.padding.counts(batch)
         for id, site in study.sites.items():
-            y = seen.outputs[id]
+            y = rows(seen.outputs[id], counts)
             size = float(y.double().square().sum()) or 1.0
             for scheme in study.candidates[id]:
                 x = seen.inputs.get(id)
                 moved = None if x is None else rounded_input(x, scheme.activation)
                 found = call(site, seen.arguments[id], moved, study.rounded(site, scheme.weight))
+                found = rows(found, counts)
                 columns.append(float((found - y).double().square().sum()) / size)
         return torch.tensor([columns], dtype=torch.float64)
 
@@ -50,7 +53,7 @@ class Divergence(Metric):
     def sample(self, study: Study, batch: Flat, draw: int) -> Tensor:
         wanted = study.program.flat(batch)
         columns = [
-            float(study.objective(wanted, Rounded(study, {id: scheme}).run_on(batch)))
+            float(study.compare(batch, wanted, Rounded(study, {id: scheme}).run_on(batch)))
             if scheme.weight is not None or scheme.activation is not None
             else 0.0
             for id in study.sites

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import BadInput
+from qcompiler.samples import Flat
 from qcompiler.sensitivity.study import Study
 
 
@@ -28,10 +29,10 @@ def floats(outputs: Sequence[object]) -> list[Tensor]:
     return found
 
 
-def score(study: Study, outputs: Sequence[object], draw: int) -> Tensor:
-    """s of one batch, a scalar that can be differentiated."""
+def score(study: Study, batch: Flat, outputs: tuple[object, ...], draw: int) -> Tensor:
+    """s of one batch without its padding, a scalar that can be differentiated."""
     generator = torch.Generator().manual_seed(draw)
-    found = floats(outputs)
+    found = floats(study.padding.data(batch, outputs))
     if study.is_words:
         log_p = found[0].float().log_softmax(-1).flatten(0, -2)
         words = torch.multinomial(log_p.detach().exp(), 1, generator=generator)

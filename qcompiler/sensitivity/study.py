@@ -15,8 +15,10 @@ from qcompiler.errors import BadInput
 from qcompiler.formats import QFormat, Scheme
 from qcompiler.objective import OBJECTIVES, Objective, fitting
 from qcompiler.ops import fake_quantize
+from qcompiler.padding import Padding
 from qcompiler.program import Program
 from qcompiler.run import param_value
+from qcompiler.samples import Flat
 from qcompiler.sites import Site, site_of
 from qcompiler.trial import rounded
 
@@ -69,6 +71,14 @@ class Study:
     @cached_property
     def objective(self) -> Objective:
         return OBJECTIVES[self.loss or fitting(self.program)]
+
+    @cached_property
+    def padding(self) -> Padding:
+        return Padding(self.program)
+
+    def compare(self, batch: Flat, wanted: tuple[object, ...], found: tuple[object, ...]) -> Tensor:
+        """The loss of what is no padding of outputs for `batch`."""
+        return self.objective(*(self.padding.data(batch, y) for y in (wanted, found)))
 
     @property
     def is_words(self) -> bool:

@@ -61,6 +61,9 @@ class FakeBlock:
             return (inner,)
         return (x + torch.nn.functional.gelu(inner) @ weights["down"].t(),)
 
+    def counted(self, batch: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return outputs
+
     def predictions(self, batch: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (outputs[0] @ self._head.t(),)
 
