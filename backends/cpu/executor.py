@@ -6,7 +6,8 @@ call with addresses that are already filled in. The others run as they are: one 
 Python function that is written for the program.
 
     decode, one token: norms, products and rotations are settled; what reads the cache is not
-    a prompt of any length: nothing is settled but what depends on no input
+    a prompt of any length: nothing is settled but what depends on no input, until the same
+                            length has come several times (`fixed.py`)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.conv_calls import MeanCall
 from qcompiler.backends.cpu.executor_conv import CONV, Convolutions, placed
+from qcompiler.backends.cpu.fixed import Repeated, fixed, shapes, varies
 from qcompiler.backends.cpu.fuse_conv import anyhow
 from qcompiler.errors import BadInput
 from qcompiler.program import Program
@@ -67,6 +69,7 @@ class CpuArtifact(ProgramArtifact):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self._own = threading.local()
+        self._varies = varies(program)
 
     def __getstate__(self) -> dict[str, object]:
         return {"program": self.program}  # memory is made anew
@@ -79,8 +82,21 @@ class CpuArtifact(ProgramArtifact):
         settled: Settled | None = getattr(self._own, "settled", None)
         if settled is None or settled.threads != threads:
             settled = self._own.settled = Settled(self.program, threads)
+            self._own.fixed = Repeated[Settled]()
+        if self._varies:
+            settled = self._fixed(inputs) or settled
         with torch.no_grad():
             return tuple(settled.run(*inputs))
+
+    def _fixed(self, inputs: Flat) -> Settled | None:
+        """What has been settled for inputs of these shapes."""
+        known: Repeated[Settled] = self._own.fixed
+        key = shapes(inputs)
+        found = known.get(key)
+        if found is None and known.due(key):
+            found = Settled(fixed(self.program, inputs), torch.get_num_threads())
+            known.put(key, found)
+        return found
 
 
 @dataclass
