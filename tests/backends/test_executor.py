@@ -15,6 +15,7 @@ import zoo
 from torch import Tensor, nn
 
 import qcompiler
+from qcompiler.backends.cpu.fixed import KEPT, REPEATED
 from qcompiler.backends.cpu.kernels import GENERATED
 from qcompiler.check import relative_error
 from qcompiler.errors import BadInput
@@ -133,6 +134,38 @@ def test_models(name: str, dynamic: object) -> None:
         inputs = random_inputs(made.program.io, seed)
         want, got = made.program.flat(inputs), made.artifact.run(inputs)
         assert relative_error(want, got) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bert"])
+def test_shapes_that_come_again_have_a_program_of_their_own(name: str) -> None:
+    """It gives what the program for any shape gives, and so does the latter afterwards."""
+    module, example = zoo.build(name)
+    made = compiled(module, example, None, "assign{weight=int8:channel},quantize")
+    for _ in range(2):
+        for sizes in ({}, dict.fromkeys(made.program.io.dims, 9)):
+            inputs = random_inputs(made.program.io, 3, sizes)
+            want = made.program.flat(inputs)
+            for _ in range(REPEATED + 1):
+                assert relative_error(want, made.artifact.run(inputs)) < 2e-5
+    assert len(made.artifact._own.fixed._made) == 2
+    nodes = {key: len(settled.lines) for key, settled in made.artifact._own.fixed._made.items()}
+    assert max(nodes.values()) < len(made.artifact._own.settled.lines)
+
+
+def test_shapes_that_come_and_go_have_none() -> None:
+    made = compiled(Formula(FORMULAS["a chain"]), torch.randn(4, 64))
+    for _ in range(REPEATED):
+        for size in (4, 5):
+            made(torch.randn(size, 64))
+    assert not made.artifact._own.fixed._made
+    given = {size: torch.randn(size, 64) for size in range(2, 10)}
+    want = {size: made.program(x) for size, x in given.items()}
+    for size, x in given.items():
+        for _ in range(REPEATED):
+            torch.testing.assert_close(made(x), want[size], rtol=1e-4, atol=2e-2)
+    assert len(made.artifact._own.fixed._made) == KEPT
+    for size, x in given.items():
+        torch.testing.assert_close(made(x), want[size], rtol=1e-4, atol=2e-2)
 
 
 def test_threads_have_memory_of_their_own() -> None:
