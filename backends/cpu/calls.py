@@ -153,8 +153,8 @@ class LinearCall:
         more, more_stride = (y, 0) if residual is None else by_rows(residual)
         self._held = (source, second, more, gain, shift)
         self._rows = how.rows.bound(
-            source.data_ptr(), codes, scales, totals, _address(x_zero), second.data_ptr(),
-            _address(gain), _address(shift), work, _address(x_scale),
+            source.data_ptr(), codes, scales, totals, address(x_zero), second.data_ptr(),
+            address(gain), address(shift), work, address(x_scale),
             tokens, width, x_stride, stride, chunks, other_stride, members,
         )  # fmt: skip
         self._widen = None
@@ -162,7 +162,7 @@ class LinearCall:
             self._widen = widen(host()).bound(codes, inputs, tokens, full, stride, wide, members)
         self._product = how.product.bound(
             y.data_ptr(), inputs, totals, scales, weight.data_ptr(), scale.data_ptr(),
-            _address(zero), bias.data_ptr(), more.data_ptr(), _address(start), _address(x_zero),
+            address(zero), bias.data_ptr(), more.data_ptr(), address(start), address(x_zero),
             chunks, wide or stride, 4 * padded, more_stride, tokens, weight.shape[0], threads,
         )  # fmt: skip
 
@@ -237,7 +237,8 @@ def by_rows(x: Tensor) -> tuple[Tensor, int]:
     return x, 4 * (axes[-1][1] if axes else x.shape[-1])
 
 
-def _address(x: Tensor | None) -> int:
+def address(x: Tensor | None) -> int:
+    """Where it lies, or 0."""
     return 0 if x is None else x.data_ptr()
 
 

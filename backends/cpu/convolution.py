@@ -18,7 +18,8 @@ from torch import Tensor
 from qcompiler.backends.cpu import generated
 from qcompiler.backends.cpu.calls import scratch
 from qcompiler.backends.cpu.codegen import layout
-from qcompiler.backends.cpu.conv_calls import ConvCall, Image, MeanCall, RoundCall
+from qcompiler.backends.cpu.conv_calls import ConvCall, MeanCall
+from qcompiler.backends.cpu.images import Image, RoundCall
 from qcompiler.backends.cpu.window import Window, pitch
 from qcompiler.errors import BadInput
 from qcompiler.formats import QTensor

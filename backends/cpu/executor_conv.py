@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.cpu.codegen.layout import OUTPUTS
-from qcompiler.backends.cpu.conv_calls import ConvCall, FrameCall, Image, RoundCall
+from qcompiler.backends.cpu.conv_calls import ConvCall
 from qcompiler.backends.cpu.convolution import channels_last
+from qcompiler.backends.cpu.images import FrameCall, Image, RoundCall
 from qcompiler.backends.cpu.window import Window, pitch
 
 if TYPE_CHECKING:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompiler.backends.cpu.codegen.winograd import CHANNELS, transformed, work_bytes
+from qcompiler.backends.cpu.images import Image
 from qcompiler.backends.cpu.window import Pair, Window, copied, geometry
-
-if TYPE_CHECKING:
-    from qcompiler.backends.cpu.conv_calls import Image
 
 WORK = 2**18
 """Bytes of transformed inputs that a thread works on: a part of a cache of its own."""

@@ -25,9 +25,10 @@ if GENERATED:
     from qcompiler.backends.cpu import choose_conv, winograd
     from qcompiler.backends.cpu.codegen import isa as isas
     from qcompiler.backends.cpu.codegen.winograd import CHANNELS
-    from qcompiler.backends.cpu.conv_calls import ConvCall, RoundCall
+    from qcompiler.backends.cpu.conv_calls import ConvCall
     from qcompiler.backends.cpu.executor import Settled
     from qcompiler.backends.cpu.fixed import REPEATED, fixed
+    from qcompiler.backends.cpu.images import RoundCall
     from qcompiler.backends.cpu.window import Window
 
 WEIGHTS = ("int8:channel", "int8:channel:asym", "int4:channel", "int3:tensor", "uint4:channel:asym")

@@ -147,18 +147,14 @@ class _Tiles(Strips):
         with code.loop(0, pitch, WIDE) as channel:
             columns = []
             for x in range(4):
-                d = [
-                    b.sub(b.sext(self._codes(code, given, pixels[y][x], channel), wide), middle)
-                    for y in range(4)
-                ]
+                places = [code.add(pixels[y][x], channel) for y in range(4)]
+                codes = [code.load(vector(I8, WIDE), given["x"], place) for place in places]
+                d = [b.sub(b.sext(q, wide), middle) for q in codes]
                 columns.append(_transform(code, d))
             for y in range(4):
                 for x, value in enumerate(_transform(code, [c[y] for c in columns])):
                     place = code.add(code.mul(apart, 4 * y + x), code.mul(channel, 2))
                     code.store(value, to, place)
-
-    def _codes(self, code: Code, given: Mapping[str, Value], pixel: Value, channel: Value) -> Value:
-        return code.load(vector(I8, WIDE), given["x"], code.add(pixel, channel))
 
     def _block(
         self,
@@ -231,11 +227,11 @@ class _Tiles(Strips):
         for v in range(self._vectors):
             at = v * self._isa.bytes
             columns = [
-                _ends(code, [code.load(kind, sums, 64 * (4 * y + x) + at) for y in range(4)])
+                _folded(code, [code.load(kind, sums, 64 * (4 * y + x) + at) for y in range(4)])
                 for x in range(4)
             ]
             for y in range(2):
-                for x, value in enumerate(_ends(code, [c[y] for c in columns])):
+                for x, value in enumerate(_folded(code, [c[y] for c in columns])):
                     code.store(code.b.ashr(value, two), ends, 64 * (2 * y + x) + at)
 
     def _ends(
@@ -257,7 +253,7 @@ def _transform(code: Code, d: list[Value]) -> list[Value]:
     return [b.sub(d[0], d[2]), b.add(d[1], d[2]), b.sub(d[2], d[1]), b.sub(d[1], d[3])]
 
 
-def _ends(code: Code, m: list[Value]) -> list[Value]:
+def _folded(code: Code, m: list[Value]) -> list[Value]:
     """Aᵀ m"""
     b = code.b
     return [b.add(b.add(m[0], m[1]), m[2]), b.sub(b.sub(m[1], m[2]), m[3])]
