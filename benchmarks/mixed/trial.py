@@ -99,8 +99,10 @@ class Trial:
     @torch.no_grad()
     def _loss(self, run: Callable[[Flat], tuple[object, ...]]) -> float:
         """KL of the words, relative squared error of anything else; mean over batches."""
-        pairs = ((self.program.flat(batch), run(batch)) for batch in self._unseen)
-        losses = [float(self._study.objective(wanted, found)) for wanted, found in pairs]
+        losses = [
+            float(self._study.compare(batch, self.program.flat(batch), run(batch)))
+            for batch in self._unseen
+        ]
         return sum(losses) / len(losses)
 
     @cached_property
