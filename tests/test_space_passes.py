@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ import qcompiler
 from qcompiler import BadInput, PassError, Program
 from qcompiler.check import relative_error
 from qcompiler.hadamard import hadamard
+from qcompiler.padding import Padding, rows
 from qcompiler.pipeline import run_pipeline
 from qcompiler.program import op_name
 from qcompiler.registry import make_passes
@@ -77,19 +78,22 @@ def step(program: Program, name: str) -> qcompiler.Step:
 
 
 def read(program: Program, batches: Iterator[Flat] | list[Flat]) -> dict[str, Tensor]:
-    """Site → all vectors that it reads, (vectors, channels), by running the program."""
+    """Site → all vectors that it reads, (vectors, channels), by running the program; without
+    padding, as calibration has it."""
     found: dict[str, list[Tensor]] = {}
     readers = [(s.x, s.id, s.kind.channel) for s in sites(program.nodes) if s.x is not None]
+    padding = Padding(program)
 
-    def watch(node: torch.fx.Node, value: object) -> None:
+    def watch(node: torch.fx.Node, value: object, counts: Tensor | None) -> None:
         for x, id, axis in readers:
             if x is node:
                 assert isinstance(value, Tensor)
-                found.setdefault(id, []).append(value.double().movedim(axis, -1).flatten(0, -2))
+                data = rows(value, counts) if axis == -1 else value
+                found.setdefault(id, []).append(data.double().movedim(axis, -1).flatten(0, -2))
 
     for inputs in batches:
-        evaluate(program, inputs, watch)
-    return {id: torch.cat(rows) for id, rows in found.items()}
+        evaluate(program, inputs, partial(watch, counts=padding.counts(inputs)))
+    return {id: torch.cat(vectors) for id, vectors in found.items()}
 
 
 def weight_of(program: Program, id: str) -> Tensor:
