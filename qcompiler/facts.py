@@ -106,6 +106,7 @@ class Facts:
                 self.fisher,
                 None if self.keep is None else self.keep.under(*key),
                 self.tick,
+                Padding(self.program),
             ).run()
         return self._solved[key]
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import Tensor, fx
 
-from qcompiler.attention import attentions
+from qcompiler.attention import LAYS_OUT, attentions
 from qcompiler.program import Program
 from qcompiler.samples import Flat
+from qcompiler.sites import site_of
 
-TABLES = {torch.ops.aten.embedding.default, torch.ops.aten.index_select.default}
 T = TypeVar("T")
 MASK = 3
 """Place of attention's mask among its arguments."""
@@ -32,13 +31,13 @@ class Padding:
         self._at = None if (mask := mask_of(program)) is None else program.inputs.index(mask)
 
     def counts(self, inputs: Flat) -> Tensor | None:
-        """Which tokens of a batch count, bool (batch, tokens); None if all do."""
+        """Which tokens of a batch count, bool (batch, tokens); None if all do, or none."""
         if self._at is None:
             return None
         value = inputs[self._at]
         assert isinstance(value, Tensor)
         zeros = value == 0
-        if not bool(((value == 1) | zeros).all()) or not bool(zeros.any()):
+        if not bool(((value == 1) | zeros).all()) or bool(zeros.all()) or not bool(zeros.any()):
             return None
         return ~zeros
 
@@ -67,7 +66,7 @@ def mask_of(program: Program) -> fx.Node | None:
     if not ports:
         return None
     sources = _sources(program)
-    found = [n for n in ports if n in sources and not _reaches_a_table(n)]
+    found = [n for n in ports if n in sources and not _chooses_rows(n)]
     return found[0] if len(found) == 1 else None
 
 
@@ -93,23 +92,15 @@ def _sources(program: Program) -> set[fx.Node]:
     return found
 
 
-def _reaches_a_table(node: fx.Node) -> bool:
-    """Whether it chooses rows: token types are zeros and ones too."""
-    seen: set[fx.Node] = set()
+def _chooses_rows(node: fx.Node) -> bool:
+    """Whether it is itself an index of a table, as token ids are, of which masks may be made too.
+    Positions that are counted from a mask are another thing."""
     waiting = [node]
     while waiting:
-        one = waiting.pop()
-        if one in seen:
-            continue
-        seen.add(one)
-        if one.target in TABLES:
-            return True
-        waiting += [u for u in one.users if _is_index(u)]
+        for user in waiting.pop().users:
+            site = site_of(user)
+            if site is not None and site.kind.name == "embedding":
+                return True
+            if user.target in LAYS_OUT:
+                waiting.append(user)
     return False
-
-
-def _is_index(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return node.target in TABLES or (
-        isinstance(value, Tensor) and not value.dtype.is_floating_point
-    )

@@ -52,6 +52,8 @@ class Walk:
     keep: Keep | None = None
     """Where a run that is killed goes on from."""
     tick: Tick = lambda done, total: None
+    padding: Padding | None = None
+    """Of the float program, where rounding has spelled out attention."""
 
     def run(self) -> dict[str, Solved]:
         """Every site whose weight the plan rounds, by id."""
@@ -81,7 +83,7 @@ class Walk:
     @cached_property
     def counts(self) -> list[Tensor | None]:
         """Which tokens of each batch count; see `padding.py`."""
-        padding = Padding(self.program)
+        padding = self.padding or Padding(self.program)
         return [padding.counts(batch) for batch in self.batches]
 
     @property

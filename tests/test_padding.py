@@ -67,6 +67,18 @@ def test_token_types_are_no_mask() -> None:
     assert str(mask_of(program)) == "attention_mask"
 
 
+def test_a_mask_that_positions_are_counted_from() -> None:
+    from transformers import OPTConfig, OPTModel
+
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16, "vocab_size": 50}
+    config = OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    mask[1, 7:] = 0
+    example = {"input_ids": torch.randint(0, 50, (3, 11)), "attention_mask": mask}
+    program = qcompiler.capture(OPTModel(config).eval(), {**example, "use_cache": False})
+    assert str(mask_of(program)) == "attention_mask"
+
+
 def test_a_mask_of_ones_hides_nothing(bert: Program) -> None:
     padding = Padding(bert)
     assert padding.counts(batches(bert, 1, padded=False)[0]) is None

@@ -6,8 +6,6 @@ x  →  Image  →  Image  →  y  where a convolution hands the codes of its re
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,6 @@ STRIPS = (384, 96)
 """Outputs that a thread computes at a time: fewer where each would not have several."""
 
 
-@lru_cache(maxsize=256)
 def _spec(
     format: str,
     half: bool,

@@ -93,6 +93,13 @@ def test_every_format(shape: tuple, isa: str) -> None:
         assert torch.equal(got, again)
 
 
+@pytest.fixture
+def avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "avx2" not in isas._available():
+        pytest.skip("this CPU has no AVX2: kernels of another instruction set serve it")
+    monkeypatch.setenv(isas.VARIABLE, "avx2")
+
+
 TILED = (
     (1, 64, 8, 8, 64),
     (2, 60, 7, 9, 17),
@@ -105,13 +112,9 @@ TILED = (
 @pytest.mark.parametrize("shape", TILED, ids=str)
 @pytest.mark.parametrize("weight", ["int8:channel:full", "int7:tensor", "int5:channel"])
 def test_fewer_products_are_the_same_sums(
-    shape: tuple[int, ...], weight: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], weight: str, avx2: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit, whatever the number of threads."""
-    if isas.host().name != "avx2":
-        monkeypatch.setenv(isas.VARIABLE, "avx2")
-        if "avx2" not in isas._available():
-            pytest.skip("this CPU has no AVX2")
     batch, channels, height, width, out = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, height, width, generator=generator) + 0.3
@@ -136,12 +139,7 @@ def test_fewer_products_are_the_same_sums(
     assert any(served)
 
 
-def test_the_most_channels_of_fewer_products_do_not_overflow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv(isas.VARIABLE, "avx2")
-    if "avx2" not in isas._available():
-        pytest.skip("this CPU has no AVX2")
+def test_the_most_channels_of_fewer_products_do_not_overflow(avx2: None) -> None:
     fmt, channels = QFormat.parse("int8:channel:full"), CHANNELS
     q = QTensor(
         torch.full((16, 9 * channels), -128, dtype=torch.int16),
