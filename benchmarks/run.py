@@ -1,12 +1,12 @@
 """How fast whole models run, beside what else there is, in one process on the same inputs.
 
-    .venv/bin/python benchmarks/run.py [--cases decode,prefill,minilm,minilm8,resnet]
+    .venv/bin/python benchmarks/run.py [--cases decode,prefill,minilm,minilm8,resnet,mobilenet]
                                        [--threads 1,2] [--only NAME,…] [--json FILE]
 
 `decode`    one token of a Llama (hidden 1024, 8 layers, vocabulary 8192) behind 128 others
 `prefill`   256 tokens of it, without a cache
 `minilm`    the real MiniLM on a sentence of 32 words; `minilm8` on eight
-`resnet`    a ResNet-18 on a picture of 64×64
+`resnet`    a ResNet-18 on a picture of 64×64; `mobilenet` a MobileNetV2 on one of 224×224
 
 All contenders run in turn, so that a slow moment of a shared machine hits all alike; the figure is
 the median of eager float32's seconds over theirs. `error` is the relative error of the first output
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from end_to_end import peers
 from end_to_end.ours import OURS, compiled
-from models import Logits, Step, Words, llama, resnet, step_inputs, tokens
+from models import Logits, Step, Words, llama, mobilenet, resnet, step_inputs, tokens
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -109,12 +109,12 @@ def minilm(batch: int, layers: int) -> Case:
     return Case("minilm", Words(model_folder()), inputs, {}, "encoder")
 
 
-def pictures(layers: int) -> Case:
+def pictures(model: nn.Module, size: int) -> Case:
     """One picture."""
     generator = torch.Generator().manual_seed(0)
-    batches = [{"input": torch.randn(1, 3, 64, 64, generator=generator)} for _ in range(16)]
-    inputs: dict[str, object] = {"input": torch.randn(1, 3, 64, 64, generator=generator)}
-    return Case("resnet", resnet(), inputs, {}, "pictures", batches)
+    batches = [{"input": torch.randn(1, 3, size, size, generator=generator)} for _ in range(16)]
+    inputs: dict[str, object] = {"input": torch.randn(1, 3, size, size, generator=generator)}
+    return Case("pictures", model, inputs, {}, "pictures", batches)
 
 
 CASES = {
@@ -122,7 +122,8 @@ CASES = {
     "prefill": prefill,
     "minilm": lambda layers: minilm(1, layers),
     "minilm8": lambda layers: minilm(8, layers),
-    "resnet": pictures,
+    "resnet": lambda layers: pictures(resnet(), 64),
+    "mobilenet": lambda layers: pictures(mobilenet(), 224),
 }
 
 

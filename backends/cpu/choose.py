@@ -36,9 +36,9 @@ def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
     """Kernel that fits → seconds of one run of the site, geometric mean over `TOKENS`."""
     weight = site.weight.meta["val"]
     if site.kind.name == "conv" and GENERATED:
-        from qcompiler.backends.cpu import choose_conv
+        from qcompiler.backends.cpu import race_conv
 
-        return choose_conv.seconds(site, scheme)
+        return race_conv.seconds(site, scheme)
     if site.kind.name != "linear" or scheme.weight is None:
         return {}
     out, width = (int(n) for n in weight.shape)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qcompiler.backends.cpu import winograd
 from qcompiler.backends.cpu.calls import ALONE, ALONE_ROWS, Parameters, address
-from qcompiler.backends.cpu.codegen import layout
-from qcompiler.backends.cpu.codegen.conv import conv
+from qcompiler.backends.cpu.codegen import depthwise, layout
+from qcompiler.backends.cpu.codegen.conv import conv, ends_early
 from qcompiler.backends.cpu.codegen.dots import in_16_bits
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.mean import mean
@@ -29,12 +29,12 @@ STRIPS = (384, 96)
 
 
 def _spec(
-    format: str,
+    bits: int,
     half: bool,
     zeros: bool,
     shifted: bool,
     residual: bool,
-    relu: bool,
+    behind: str,
     hand: str,
     floats: bool,
     ready: bool,
@@ -43,12 +43,11 @@ def _spec(
     if hand:
         rounding = rounding_of(hand)
         codes = (rounding.qmin, rounding.qmax)
-    bits = QFormat.parse(format).bits
-    return Spec(bits, 0, half, zeros, False, ready, shifted, residual, relu, codes, floats)
+    return Spec(bits, 0, half, zeros, False, ready, shifted, residual, behind, codes, floats)
 
 
 class ConvCall:
-    """y = relu(image ∗ Ŵ + b + residual), and its codes in `hand`."""
+    """y = behind(image ∗ Ŵ + b + residual), and its codes in `hand`."""
 
     def __init__(
         self,
@@ -60,24 +59,34 @@ class ConvCall:
         scratch: Scratch,
         *,
         residual: Tensor | None = None,
-        relu: bool = False,
+        behind: str = "",
         hand: Image | None = None,
     ) -> None:
         """`y` and `residual` (batch, height, width, whole blocks of outputs) float32, contiguous;
         y may be left out where there is a `hand`, which lies as y does."""
         weight, scale, zero, start, bias, *_ = parameters
-        bits, isa = QFormat.parse(format).bits, host()
-        fewer = winograd.serves(isa.name, bits, image, window, zero is not None)
-        gathers = copied(image.channels, window.taps)
+        isa, apart = host(), depthwise.is_packed(weight)
+        bits = depthwise.BITS if apart else QFormat.parse(format).bits
+        fewer = not apart and winograd.serves(isa.name, bits, image, window, zero is not None)
+        gathers = not apart and copied(image.channels, window.taps)
         ready = in_16_bits(isa, bits) and not fewer
         spec = _spec(
-            format, scale.dtype == torch.float16, zero is not None, start is not None,
-            residual is not None, relu, hand.activation if hand else "", y is not None, ready,
+            bits, scale.dtype == torch.float16, zero is not None, start is not None,
+            residual is not None, behind, hand.activation if hand else "", y is not None, ready,
         )  # fmt: skip
         at = geometry(image.batch, image.height, image.width, image.padding, window)
         tokens, runs = at.places.numel(), at.runs.numel()
         blocks, chunks = weight.shape[:2]
         row = layout.CHUNK * chunks if gathers else 0
+        inputs, taps, held = (
+            (image.channels * window.taps, 1, image.channels * window.taps)
+            if gathers
+            else (image.channels, window.taps, image.pitch)
+        )
+        read, units = row or held, 0
+        if not (fewer or apart) and ends_early(isa, spec):
+            units = -(-inputs // (4 * spec.unit))
+            read = 4 * spec.unit * units
         pixel, pixels = (row, tokens) if gathers else (image.pitch, image.pixels)
         threads = torch.get_num_threads() if tokens * weight.numel() > ALONE else 1
         tiles = winograd.Tiling.of(image, window, threads) if fewer else None
@@ -96,7 +105,7 @@ class ConvCall:
             image.sums, image.scale, total, scales, at.places.data_ptr(), at.taps.data_ptr(),
             image.codes, patch, at.runs.data_ptr(), image.point, into[1], targets.data_ptr(),
             tokens, window.taps, tokens // image.batch * image.alike, image.pitch,
-            runs, image.channels * window.taps // runs, row,
+            runs, image.channels * window.taps // runs, row, taps * (read - held),
             threads if tokens * window.taps > ALONE_ROWS else 1,
         )  # fmt: skip
         x = patch if gathers else image.codes
@@ -116,8 +125,7 @@ class ConvCall:
             image.point, places.data_ptr(), at.taps.data_ptr(), *into, targets.data_ptr(),
         )  # fmt: skip
         numbers = (
-            chunks, 0, 64 * blocks, 64 * blocks, 1 if gathers else window.taps,
-            pixel, hand.pitch if hand else 0,
+            chunks, 0, 64 * blocks, 64 * blocks, taps, pixel, hand.pitch if hand else 0, units,
         )  # fmt: skip
         if tiles:
             self._product = fewer_products(isa, spec).bound(
@@ -126,7 +134,10 @@ class ConvCall:
         else:
             long, short = STRIPS
             strip = long if threads == 1 or tokens * blocks > 16 * long * threads else short
-            self._product = conv(isa, spec).bound(*frame, *numbers, tokens, blocks, strip, threads)
+            kernel = depthwise.depthwise if apart else conv
+            self._product = kernel(isa, spec).bound(
+                *frame, *numbers, tokens, blocks, strip, threads
+            )
 
     def __call__(self) -> None:
         """Run it."""

@@ -1,9 +1,10 @@
 """`qc_cpu::conv`: a convolution by kernels that are generated for its format and this CPU.
 
-    y = relu(x̂ ∗ Ŵ + b + residual)        Ŵ: packed codes, x̂: rounded, with its zero around it
+    y = behind(x̂ ∗ Ŵ + b + residual)        Ŵ: packed codes, x̂: rounded, with its zero around it
 
-Rows of the packed weight are taps by channels, as an image lies that has its channels last. What is
-summed are integers, exact; see `codegen/conv.py`.
+Rows of the packed weight are taps by channels, as an image lies that has its channels last; of a
+depthwise one see `codegen/depthwise.py`. What is summed are integers, exact; see `codegen/conv.py`.
+`behind` is one of `codegen/functions.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from qcompiler.backends.cpu import generated
 from qcompiler.backends.cpu.calls import scratch
-from qcompiler.backends.cpu.codegen import layout
+from qcompiler.backends.cpu.codegen import depthwise, layout
 from qcompiler.backends.cpu.conv_calls import ConvCall, MeanCall
 from qcompiler.backends.cpu.images import Image, RoundCall
 from qcompiler.backends.cpu.window import Window, pitch
@@ -28,8 +29,8 @@ _library = torch.library.Library("qc_cpu", "FRAGMENT")
 _library.define(
     "conv(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? start, Tensor bias,"
     " Tensor? x_scale, Tensor? x_zero, str format, str activation, int out, int[] kernel,"
-    " int[] stride, int[] padding, int[] dilation, *, Tensor? residual=None, bool relu=False,"
-    " bool last=False) -> Tensor"
+    " int[] stride, int[] padding, int[] dilation, *, Tensor? residual=None,"
+    " str behind='', bool last=False) -> Tensor"
 )
 
 
@@ -46,6 +47,19 @@ def pack(q: QTensor, channels: int, x_zero: int | None) -> generated.Packed:
     full = width(channels, taps)
     rows = torch.nn.functional.pad(rows, (0, full // taps - channels)).reshape(out, full)
     return generated.pack(QTensor(rows, q.grid), False, x_zero)
+
+
+def pack_depthwise(q: QTensor, x_zero: int | None) -> generated.Packed:
+    """The same for a weight (channels, taps) of which each row reads a channel of its own."""
+    channels, taps = q.data.shape
+    codes = q.data.int()
+    if q.zero is not None:
+        codes = codes - generated.by_group(q.zero, q, taps).int()
+    scale = layout.pack_side(generated.by_group(q.scale, q, taps).float(), channels)
+    start = None
+    if x_zero is not None:
+        start = layout.pack_side(-x_zero * codes.sum(1, keepdim=True, dtype=torch.int32), channels)
+    return generated.Packed(depthwise.pack(codes), scale, None, start)
 
 
 def filled(residual: Tensor, outputs: int) -> Tensor:
@@ -72,45 +86,52 @@ def conv(
     dilation: Sequence[int],
     *,
     residual: Tensor | None = None,
-    relu: bool = False,
+    behind: str = "",
     last: bool = False,
 ) -> Tensor:
-    """y = relu(x̂ ∗ Ŵ + b + residual).
+    """y = behind(x̂ ∗ Ŵ + b + residual).
 
     x (batch, channels, width) or (batch, channels, height, width), floating point; the rest as
     `generated.linear` has it, a dynamic scale being each image's or the batch's. With `last` the
     result has its channels last in memory.
     """
     window = Window.of(kernel, stride, padding, dilation)
-    _check(x, weight, window)
+    _check(x, weight, out, window)
     flat = x.ndim == 3
     source = channels_last(x.unsqueeze(2) if flat else x)
     batch, height, wide, channels = source.shape
     y = torch.empty(batch, *window.output(height, wide), weight.shape[0] * layout.OUTPUTS)
     if y.numel():
         parameters = (weight, scale, zero, start, bias, x_scale, x_zero)
+        apart = depthwise.is_packed(weight)
         image = Image(
-            batch, height, wide, channels, window.padding, pitch(channels, window.taps),
-            activation, x_scale, x_zero, partial(scratch, use="image"),
+            batch, height, wide, channels, window.padding, pitch(channels, window.taps, apart),
+            activation, x_scale, x_zero, partial(scratch, use="image"), summed=not apart,
         )  # fmt: skip
         if residual is not None:
             residual = filled(
                 channels_last(residual.unsqueeze(2) if flat else residual), y.shape[-1]
             )
         RoundCall(source, image, scratch)()
-        ConvCall(image, y, parameters, format, window, scratch, residual=residual, relu=relu)()
+        ConvCall(image, y, parameters, format, window, scratch, residual=residual, behind=behind)()
     y = y[..., :out].permute(0, 3, 1, 2)
     y = y.squeeze(2) if flat else y
     return y.to(x.dtype).contiguous(memory_format=_order(x, last))
 
 
-def _check(x: Tensor, weight: Tensor, window: Window) -> None:
+def _check(x: Tensor, weight: Tensor, out: int, window: Window) -> None:
     """Kernels trust sizes: an image that is not the weight's would be read past its end."""
     if x.ndim != 4 and (x.ndim, window.kernel[0]) != (3, 1):
         raise BadInput(f"qc_cpu::conv takes a batch of images; found {tuple(x.shape)}")
     height, wide = (1, x.shape[2]) if x.ndim == 3 else x.shape[2:]
     if min(window.output(height, wide)) < 0:
         raise BadInput(f"qc_cpu::conv: {tuple(x.shape)} is smaller than its kernel")
+    if depthwise.is_packed(weight):
+        if x.shape[1] != out:
+            raise BadInput(
+                f"qc_cpu::conv has a depthwise weight of {out} channels; found {x.shape[1]}"
+            )
+        return
     chunks = -(-width(x.shape[1], window.taps) // layout.CHUNK)
     if chunks != weight.shape[1]:
         raise BadInput(

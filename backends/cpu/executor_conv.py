@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from qcompiler.backends.cpu.codegen.depthwise import is_packed
 from qcompiler.backends.cpu.codegen.layout import OUTPUTS
 from qcompiler.backends.cpu.conv_calls import ConvCall
-from qcompiler.backends.cpu.convolution import channels_last
 from qcompiler.backends.cpu.images import FrameCall, Image, RoundCall
 from qcompiler.backends.cpu.window import Window, pitch
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qcompiler.program import Program
 
 CONV = torch.ops.qc_cpu.conv.default
-X_SCALE, FORMAT, ACTIVATION, KERNEL = 6, 8, 9, 11
+WEIGHT, X_SCALE, FORMAT, ACTIVATION, KERNEL = 1, 6, 8, 9, 11
 """Arguments of the operator; the window begins with the kernel."""
 
 
@@ -82,10 +82,10 @@ class Convolutions:
         """Settle a convolution; False if it cannot be."""
         if not placed(node):
             return False
-        owner, residual = self._owner, self._owner.given(node.kwargs).get("residual")
+        owner = self._owner
         batch, out, *size = node.meta["val"].shape
-        padded = OUTPUTS * owner.given(node.args[1]).shape[0]
-        if residual is not None and (_packed(residual) is None or padded != out):
+        padded = OUTPUTS * owner.given(node.args[WEIGHT]).shape[0]
+        if node.kwargs.get("residual") is not None and self._residual(node, padded) is None:
             return False  # it would have to be laid out anew in every call
         if not self._rounded(self._key(node)):
             return False
@@ -112,7 +112,6 @@ class Convolutions:
             hand = made.hand if made.hand in self._handed else None
             others = [u for u in node.users if hand is None or not self._by_image(u, node, hand)]
             _, *parameters, format, _, _ = owner.given(node.args[:KERNEL])
-            residual = owner.given(node.kwargs).get("residual")
             owner.names[made.name] = ConvCall(
                 self._images[self._key(node)][0],
                 made.y if others or hand is None else None,
@@ -120,8 +119,8 @@ class Convolutions:
                 format,
                 _window(node),
                 owner.work,
-                residual=None if residual is None else channels_last(residual),
-                relu=bool(node.kwargs.get("relu")),
+                residual=self._residual(node, made.y.shape[-1]),
+                behind=str(node.kwargs.get("behind", "")),
                 hand=None if hand is None else self._images[hand][0],
             )
 
@@ -139,6 +138,18 @@ class Convolutions:
             frame = FrameCall(self._images[key][0], self._made[key.x].y.shape[-1])
             owner.lines.append(f"{owner.name(frame)}()")
         return True
+
+    def _residual(self, node: fx.Node, padded: int) -> Tensor | None:
+        """What is added to a result, for whole blocks of outputs, if it lies so: a convolution's
+        own result has zeros behind its channels."""
+        added: Any = node.kwargs.get("residual")
+        if added is None:
+            return None
+        if added in self._made:
+            found: Tensor | None = self._made[added].y
+        else:
+            found = _packed(self._owner.values[added])
+        return found if found is not None and found.shape[-1] == padded else None
 
     def _next(self, node: fx.Node, written: int) -> Key | None:
         """The image that most convolutions make of the result, if it has room for whole blocks."""
@@ -175,6 +186,7 @@ class Convolutions:
             x_scale,
             x_zero,
             take,
+            summed=not all(_depthwise(n) for n in self._readers[key]),
         )
         self._images[key] = image, memory[0]
         return image
@@ -184,7 +196,8 @@ class Convolutions:
         x, activation = arguments[0], arguments[ACTIVATION]
         names = [self._program.slots[n.name] for n in arguments[X_SCALE:FORMAT] if n is not None]
         static = tuple(float(self._program.params[name]) for name in names)
-        return Key(x, static, activation, pitch(x.meta["val"].shape[1], _window(node).taps))
+        channels, taps = x.meta["val"].shape[1], _window(node).taps
+        return Key(x, static, activation, pitch(channels, taps, _depthwise(node)))
 
     def _by_image(self, user: fx.Node, node: fx.Node, key: Key) -> bool:
         """Whether `user` reads nothing of `node` but the codes."""
@@ -195,6 +208,11 @@ class Convolutions:
 def _window(node: fx.Node) -> Window:
     sizes: tuple[Any, ...] = node.args[KERNEL:]
     return Window.of(*sizes)
+
+
+def _depthwise(node: fx.Node) -> bool:
+    weight: Any = node.args[WEIGHT]
+    return is_packed(weight.meta["val"])
 
 
 def _packed(x: Tensor) -> Tensor | None:

@@ -60,9 +60,9 @@ class Fuse(Pass):
     def fuse(self, edit: Edit) -> None:
         """Rewrite all that fits."""
 
-    def found(self, edit: Edit, target: object) -> list[fx.Node]:
-        """The calls of an operator that are not excluded."""
-        return [n for n in edit.calls(target) if node_id(n) not in self.exclude]
+    def found(self, edit: Edit, *targets: object) -> list[fx.Node]:
+        """The calls of these operators that are not excluded."""
+        return [n for n in edit.calls(*targets) if node_id(n) not in self.exclude]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +168,12 @@ class FuseBefore(Fuse):
         return chain, source, others
 
 
+def gelu_of(node: fx.Node) -> str:
+    """Which of the two a GELU is: `gelu` or `gelu_tanh`."""
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("approximate")
+    return "gelu_tanh" if given == "tanh" else "gelu"
+
+
 def _before(edit: Edit, x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument]] | None:
     """(what it is, what it reads, what else) if `x` is something that rows can be made by."""
     args = x.args
@@ -183,8 +189,7 @@ def _before(edit: Edit, x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument
             return None
         return Before("layer_norm", eps), source, {"gain": gain, "shift": shift}
     if x.target is aten.gelu.default:
-        tanh = x.kwargs.get("approximate", args[1] if len(args) > 1 else "none") == "tanh"
-        return Before("gelu_tanh" if tanh else "gelu"), args[0], {}
+        return Before(gelu_of(x)), args[0], {}
     if x.target is torch.ops.qc.hadamard.default:
         size = x.meta["val"].shape[-1]
         return (Before("hadamard", size), args[0], {}) if isinstance(size, int) else None

@@ -1,6 +1,6 @@
 """What stands behind generated convolutions, done as they write; and how images lie between them.
 
-relu(add(conv(x), r))        →  conv(x, residual=r, relu=True)
+relu(add(conv(x), r))        →  conv(x, residual=r, behind=relu)
 conv(relu(conv(x)))          →  … with the channels last in memory, as both would have them
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from qcompiler.backends.cpu.fuse import Fuse, alike
+from qcompiler.backends.cpu.fuse import Fuse, alike, gelu_of
 from qcompiler.edit import Edit
 
 aten = torch.ops.aten
@@ -43,28 +43,41 @@ FLAT = {aten.flatten.using_ints, aten.reshape.default}
 """The same, where an image becomes one row of numbers; other shapes may be views, which show it."""
 
 
+FUNCTIONS: dict[object, str] = {
+    aten.relu.default: "relu",
+    aten.relu6.default: "relu6",
+    aten.hardswish.default: "hardswish",
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",  # or another, see `gelu_of`
+}
+"""Operator → its name in `codegen/functions.py`."""
+CLAMPS = (aten.hardtanh.default, aten.clamp.default)
+"""`relu6` where their ends are 0 and 6."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FuseConv(Fuse):
-    """A sum with the convolution's result and a ReLU, as it is written."""
+    """A sum with the convolution's result and a function of it, as it is written."""
 
     name: ClassVar[str] = "cpu_conv_behind"
 
     def fuse(self, edit: Edit) -> None:
         for add in self.found(edit, aten.add.Tensor):
             for node, other in (add.args[:2], add.args[1::-1]):
-                conv = None if add.kwargs else _free(node, "residual", "relu")
+                conv = None if add.kwargs else _free(node, "residual", "behind")
                 if conv is not None and alike(conv, other):
                     self._put(edit, add, conv, residual=other)
                     break
-        for relu in self.found(edit, aten.relu.default):
-            conv = _free(relu.args[0], "relu")
-            if conv is not None:
-                self._put(edit, relu, conv, relu=True)
+        for node in self.found(edit, *FUNCTIONS, *CLAMPS):
+            name, conv = _function(node), _free(node.args[0], "behind")
+            if name and conv is not None:
+                self._put(edit, node, conv, behind=name)
 
-    def _put(self, edit: Edit, behind: fx.Node, node: fx.Node, **more: Argument) -> None:
-        edit.spend(f"{' and '.join(more)} as the convolution is written", behind)
-        new = edit.call(CONV, *node.args, **{**node.kwargs, **more}, like=behind, replaces=[behind])
-        edit.replace(behind, new)
+    def _put(self, edit: Edit, last: fx.Node, node: fx.Node, **more: Argument) -> None:
+        words = [value if name == "behind" else name for name, value in more.items()]
+        edit.spend(f"{words[0]} as the convolution is written", last)
+        new = edit.call(CONV, *node.args, **{**node.kwargs, **more}, like=last, replaces=[last])
+        edit.replace(last, new)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +108,13 @@ class LowerMean(Fuse):
                 edit.spend("mean over channels that are last", node)
                 new = edit.call(MEAN, x, keep, like=node, replaces=[node])
                 edit.replace(node, new)
+
+
+def _function(node: fx.Node) -> str:
+    """What an operator is called behind a convolution; nothing if it is another one."""
+    if node.target in CLAMPS:
+        return "relu6" if node.args[1:] == (0, 6) and not node.kwargs else ""
+    return gelu_of(node) if node.target is aten.gelu.default else FUNCTIONS[node.target]
 
 
 def _free(node: Argument, *names: str) -> fx.Node | None:

@@ -58,12 +58,12 @@ def pack(q: QTensor, floating: bool, x_zero: int | None = None) -> Packed:
     group = group_of(fmt)
     size = layout.padded(width, group or layout.CHUNK)
     codes = torch.nn.functional.pad(q.data + offset, (0, size - width), value=offset)
-    scale = _by_group(q.scale, q, group or width)
+    scale = by_group(q.scale, q, group or width)
     half = scale.half()
     stored = half if half.isfinite().all() and torch.equal(half.float(), scale) else scale
     zero = start = None
     if q.zero is not None or offset == 0:
-        point = torch.zeros_like(scale) if q.zero is None else _by_group(q.zero, q, group or width)
+        point = torch.zeros_like(scale) if q.zero is None else by_group(q.zero, q, group or width)
         point = point.float() + offset
         zero = layout.pack_side(point if floating else scale * point, out)
     if x_zero is not None:
@@ -83,7 +83,7 @@ def pack_bias(bias: Tensor | None, out: int) -> Tensor:
     return full
 
 
-def _by_group(side: Tensor, q: QTensor, step: int) -> Tensor:
+def by_group(side: Tensor, q: QTensor, step: int) -> Tensor:
     """One number for each output and group: (out, groups)."""
     shape = tuple(q.data.shape)
     full = spread(side, shape, q.format)

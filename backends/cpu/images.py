@@ -48,11 +48,15 @@ class Image:
         x_scale: Tensor | None,
         x_zero: Tensor | None,
         memory: Scratch,
+        *,
+        summed: bool = True,
     ) -> None:
-        """`pitch` is bytes of a pixel's codes; without `x_scale` scales are found."""
+        """`pitch` is bytes of a pixel's codes; without `x_scale` scales are found. Unless `summed`,
+        pixels are not: nobody reads the sums but for NaN."""
         fmt = QFormat.parse(activation)
         self.batch, self.height, self.width, self.channels = batch, height, width, channels
         self.padding, self.pitch, self.activation = padding, pitch, activation
+        self.summed = summed
         self.full = (height + 2 * padding[0], width + 2 * padding[1])
         self.pixels = batch * self.full[0] * self.full[1]
         self.alike = 1 if fmt.dynamic and fmt.block is not None else batch
@@ -96,7 +100,7 @@ class RoundCall:
                 scales(host(), how).bound(most, image.scale, lines // alike, alike, 1),
             ]
         self._calls.append(
-            pixels(host(), how).bound(
+            pixels(host(), how, image.summed).bound(
                 x.data_ptr(), image.codes, image.sums, image.scale, image.point,
                 image.batch, image.height, image.width, image.channels, *image.padding,
                 *image.full, image.pitch, alike, threads,
@@ -115,7 +119,7 @@ class FrameCall:
     def __init__(self, image: Image, written: int) -> None:
         threads = torch.get_num_threads() if image.pixels * image.pitch > ALONE_ROWS else 1
         self._held = image
-        self._run = borders(host()).bound(
+        self._run = borders(host(), image.summed).bound(
             0, image.codes, image.sums, 0, image.point,
             image.batch, image.height, image.width, written, *image.padding, *image.full,
             image.pitch, 1, threads,

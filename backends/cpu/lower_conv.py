@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from qcompiler.backends.cpu.choose_conv import CLAIMS, NAME, prepare, refuses, seconds
+from qcompiler.backends.cpu.choose_conv import CLAIMS, NAME, prepare, refuses
 from qcompiler.backends.cpu.lower import put_in, static_of
+from qcompiler.backends.cpu.race_conv import seconds
 from qcompiler.backends.cpu.window import Window
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
@@ -44,11 +45,13 @@ class LowerConv(Pass):
             weight, static = stored(edit, site.weight), static_of(edit, site)
             if weight is None or static is None or scheme.activation is None:
                 continue
+            at = window_of(site)
+            if weight.zero is not None and weight.zero.is_floating_point() and at.groups > 1:
+                edit.skip(site.node, "zero points between codes, for each channel by itself")
+                continue
             edit.spend(self._reason(site, scheme), site.node)
-            channels, window = (
-                int(site.weight.meta["val"].shape[1]),
-                Window.of(*window_of(site)[:4]),
-            )
+            channels = at.groups * int(site.weight.meta["val"].shape[1])
+            window = Window.of(*at[:4])
             bias = None if site.bias is None else facts.value(site.bias)
             make = partial(prepare, weight, channels, bias, scheme.activation, static, window)
             put_in(edit, site, weight, make)

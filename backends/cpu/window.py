@@ -54,9 +54,10 @@ def copied(channels: int, taps: int) -> bool:
     return together <= COPIED * taps * layout.padded(channels, layout.CHUNK)
 
 
-def pitch(channels: int, taps: int) -> int:
+def pitch(channels: int, taps: int, depthwise: bool = False) -> int:
     """Bytes of a pixel's codes."""
-    return channels if copied(channels, taps) else layout.padded(channels, layout.CHUNK)
+    dense = not depthwise and copied(channels, taps)
+    return channels if dense else layout.padded(channels, layout.CHUNK)
 
 
 class Geometry(NamedTuple):
@@ -65,7 +66,7 @@ class Geometry(NamedTuple):
     places: Tensor
     """Pixel of each output's first tap."""
     taps: Tensor
-    """Pixels from the first tap to each."""
+    """Pixels from the first tap to each, and to the last once more: some read them in pairs."""
     runs: Tensor
     """The same for taps that lie together in memory."""
     numbers: Tensor
@@ -86,6 +87,7 @@ def geometry(batch: int, height: int, width: int, padding: Pair, window: Window)
     y, x = (torch.arange(n) * d for n, d in zip(window.kernel, window.dilation, strict=True))
     taps = y[:, None] * full + x
     runs = taps[:, :1] if window.dilation[1] == 1 else taps
+    taps = torch.cat([taps.flatten(), taps.flatten()[-1:]])
     parts = (places, taps, runs, torch.arange(places.numel()))
     return Geometry(*(p.flatten().contiguous() for p in parts))
 

@@ -22,8 +22,8 @@ from qcompiler.rounding import nearest
 pytest.importorskip("llvmlite")
 
 from qcompiler.backends.cpu import generated
+from qcompiler.backends.cpu.codegen import depthwise, jit, layout
 from qcompiler.backends.cpu.codegen import isa as isas
-from qcompiler.backends.cpu.codegen import jit, layout
 from qcompiler.backends.cpu.codegen.linear import module
 from qcompiler.backends.cpu.codegen.tile import Spec
 from qcompiler.backends.cpu.kernels import KERNELS, Static
@@ -164,6 +164,20 @@ def test_instructions(isa: str, triple: str, bits: int, instruction: str) -> Non
     """Each instruction set gets its own, also those of other CPUs."""
     chosen = isas.ISAS[isa]
     assert instruction in jit.assembly(module(chosen, Spec(bits, 32)), chosen, triple)
+
+
+@pytest.mark.parametrize(
+    ("isa", "triple", "instruction"),
+    [
+        ("vnni", "x86_64-linux-gnu", "vpdpwssd"),  # LLVM makes one of product and sum
+        ("avx2", "x86_64-linux-gnu", "vpmaddwd"),
+        ("neon", "aarch64-linux-gnu", "smull"),
+    ],
+)
+def test_instructions_of_depthwise_convolutions(isa: str, triple: str, instruction: str) -> None:
+    chosen = isas.ISAS[isa]
+    made = depthwise.module(chosen, Spec(depthwise.BITS, 0, shifted=True, behind="relu6"))
+    assert instruction in jit.assembly(made, chosen, triple)
 
 
 def test_an_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,9 @@ from qcompiler.sites import sites
 
 pytestmark = pytest.mark.skipif(not GENERATED, reason="llvmlite is not installed")
 if GENERATED:
-    from qcompiler.backends.cpu import choose_conv, winograd
+    from qcompiler.backends.cpu import choose_conv, race_conv, winograd
     from qcompiler.backends.cpu.codegen import isa as isas
+    from qcompiler.backends.cpu.codegen.functions import FUNCTIONS
     from qcompiler.backends.cpu.codegen.winograd import CHANNELS
     from qcompiler.backends.cpu.conv_calls import ConvCall
     from qcompiler.backends.cpu.executor import Settled
@@ -47,6 +48,15 @@ SHAPES = (
     (3, 40, 5, 6, 37, (1, 1), (1, 1), (0, 0), (1, 1)),
     (2, 33, 12, 5, 17, (3, 2), (2, 1), (1, 1), (1, 2)),
     (1, 20, 11, 11, 16, (3, 3), (2, 2), (2, 0), (2, 2)),
+    (1, 16, 6, 6, 24, (1, 1), (1, 1), (0, 0), (1, 1)),  # half of a chunk is channels
+)
+DEPTHWISE = (
+    # the same, each channel by itself
+    (2, 32, 9, 7, 32, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (1, 40, 12, 5, 40, (5, 5), (2, 2), (2, 2), (1, 1)),
+    (3, 7, 6, 6, 7, (2, 2), (1, 1), (0, 0), (1, 1)),
+    (1, 17, 9, 9, 17, (3, 3), (1, 1), (2, 2), (2, 2)),
+    (1, 16, 5, 5, 16, (1, 1), (1, 1), (0, 0), (1, 1)),
 )
 STATIC = "assign{weight=int8:channel activation=uint8:tensor:asym head=same},quantize"
 
@@ -70,17 +80,18 @@ def product(q: QTensor, x: Tensor, activation: str, window: Window, bias: Tensor
     fmt = QFormat.parse(activation)
     static, grid = static_of(x, fmt)
     got = choose_conv.prepare(q, x.shape[1], bias, fmt, static, window)(x)
-    weight = q.dequantize(torch.float64).reshape(q.data.shape[0], x.shape[1], *window.kernel)
+    weight = q.dequantize(torch.float64).reshape(q.data.shape[0], -1, *window.kernel)
     bias = None if bias is None else bias.double()
-    want = torch.conv2d(grid.round(x.double()), weight, bias, *window[1:])
+    groups = x.shape[1] // weight.shape[1]
+    want = torch.conv2d(grid.round(x.double()), weight, bias, *window[1:], groups)
     return got, want
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + DEPTHWISE, ids=str)
 def test_every_format(shape: tuple, isa: str) -> None:
     batch, channels, height, width, out, *window = shape
     generator = torch.Generator().manual_seed(0)
-    inputs = channels * window[0][0] * window[0][1]
+    inputs = (1 if shape in DEPTHWISE else channels) * window[0][0] * window[0][1]
     x = torch.randn(batch, channels, height, width, generator=generator) + 0.3
     pairs = zip(WEIGHTS * 2, itertools.chain(ACTIVATIONS, ACTIVATIONS[::-1]), strict=False)
     for weight, activation in pairs:
@@ -192,6 +203,34 @@ def test_a_nan_is_where_it_is_read(channels: int) -> None:
     assert wrong[1].all() and not wrong[0].any()
 
 
+def test_a_nan_is_its_channels_and_its_pixels_neighbours() -> None:
+    """A depthwise convolution tells of it where others would."""
+    x = torch.randn(1, 32, 9, 8)
+    x[0, 2, 4, 5] = torch.nan
+    q = nearest(torch.randn(32, 9), QFormat.parse("int8:channel"))
+    static = Static(torch.tensor([0.05]))
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    wrong = choose_conv.prepare(q, 32, None, QFormat.parse("int8:tensor"), static, window)(x)
+    assert wrong.isnan()[0, :, 3:6, 4:7].all() and wrong.isnan().sum() == 32 * 9
+
+
+@pytest.mark.parametrize("name", FUNCTIONS if GENERATED else ())
+def test_functions_behind(name: str, isa: str) -> None:
+    q = nearest(torch.randn(20, 16 * 9), QFormat.parse("int8:channel"))
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    call = choose_conv.prepare(q, 16, None, QFormat.parse("int8:sample:dynamic"), Static(), window)
+    x = torch.randn(2, 16, 7, 6, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 0, 0] = torch.nan
+    arguments = (x, *call.parameters.values(), *call.constants)
+    plain = call.operator(*arguments)
+    tanh = {"approximate": "tanh"} if name == "gelu_tanh" else {}
+    want = getattr(nn.functional, name.removesuffix("_tanh"))(plain, **tanh)
+    got = call.operator(*arguments, behind=name)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    zero = call.operator(torch.zeros_like(x), *arguments[1:], behind=name)
+    assert not zero.any()  # channels that fill a block stay zero, as readers expect
+
+
 def test_operators_are_sound() -> None:
     q = nearest(torch.randn(20, 16 * 9), QFormat.parse("int8:channel"))
     fmt = QFormat.parse("uint8:tensor:asym")
@@ -199,7 +238,7 @@ def test_operators_are_sound() -> None:
     call = choose_conv.prepare(q, 16, None, fmt, static, Window((3, 3), (2, 2), (1, 1), (1, 1)))
     x = torch.randn(2, 16, 7, 6)
     for last in (False, True):
-        more = {"residual": torch.randn(2, 20, 4, 3), "relu": True, "last": last}
+        more = {"residual": torch.randn(2, 20, 4, 3), "behind": "relu", "last": last}
         arguments = (x, *call.parameters.values(), *call.constants)
         torch.library.opcheck(call.operator, arguments, more)
         y = call.operator(*arguments, **more)
@@ -250,6 +289,9 @@ NETS: dict[str, Callable[..., object]] = {
     "a view": lambda x, f, g, h: g(f(x)).relu().view(x.shape[0], -1),
     "a view of the input": lambda x, f, g, h: (x.view(x.shape[0], -1), f(x)),
     "pools": lambda x, f, g, h: h(nn.functional.max_pool2d(f(x).relu(), 2)).mean((2, 3)),
+    "functions": lambda x, f, g, h: h(
+        nn.functional.hardswish(g(nn.functional.relu6(f(x)) * 4).clamp(0, 6) * 3)
+    ).mean((2, 3)),
     "a mean that keeps": lambda x, f, g, h: h(f(x)).mean((-1, -2), True).flatten(1),
     "a mean over lines": lambda x, f, g, h: h(f(x)).mean(-1),
     "a permutation": lambda x, f, g, h: h(f(x)).flatten(2).transpose(1, 2),
@@ -350,15 +392,71 @@ def test_lines() -> None:
     assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 5e-3
 
 
-def test_groups_stay_in_floating_point() -> None:
-    model = nn.Sequential(nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 32, 3, groups=2))
+@pytest.mark.parametrize(("count", "outputs"), [(2, 32), (32, 64)])
+def test_groups_stay_in_floating_point(count: int, outputs: int) -> None:
+    model = nn.Sequential(nn.Conv2d(32, outputs, 3, groups=count))
     passes = f"canonicalize{{optional=true}},{STATIC}"
     x = torch.randn(1, 32, 8, 8)
     made = qcompiler.compile(model.eval(), x, passes=passes, data=[x])
     assert [k.partition("; ")[2] for k in made.kernels.values()] == [
-        "conv: takes one group of channels; found 32",
-        "conv: takes one group of channels; found 2",
+        f"conv: takes one group of channels, or one for each; found {count} with {outputs} outputs"
     ]
+
+
+class Inverted(nn.Module):
+    """Depthwise convolutions between pointwise ones, of widths that fill no block, with a sum."""
+
+    def __init__(self, function: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), function())
+        self.body = nn.Sequential(
+            nn.Conv2d(24, 40, 1), function(),
+            nn.Conv2d(40, 40, 3, 1, 1, groups=40), function(),
+            nn.Conv2d(40, 24, 1),
+        )  # fmt: skip
+        self.last = nn.Conv2d(24, 48, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.body(x) + x).mean((2, 3))
+
+
+@pytest.mark.parametrize("function", [nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU])
+def test_inverted_bottlenecks(function: type[nn.Module], isa: str) -> None:
+    """Codes from the first to the last: nothing is rounded from numbers but the picture."""
+    x = torch.randn(2, 3, 18, 14, generator=torch.Generator().manual_seed(1))
+    made = compiled(Inverted(function), x, False)
+    assert set(made.kernels.values()) == {"conv"} and len(made.kernels) == 5
+    rounds, calls = settled(made.lowered.program)
+    assert (rounds, sum(c.writes for c in calls), len(calls)) == (1, 2, 5)
+    for seed in (3, 4):
+        inputs = random_inputs(made.program.io, seed)
+        got = made.artifact.run(inputs)
+        assert relative_error(made.program.flat(inputs), got) < 5e-3
+        assert all(map(torch.equal, made.lowered.program.flat(inputs), got))
+
+
+def test_zero_points_between_codes_of_single_channels_stay_in_floating_point() -> None:
+    x = torch.randn(1, 16, 8, 8)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1))
+    formats = "assign{weight=uint4:channel:asym activation=uint8:tensor:asym head=same}"
+    made = compiled(model, x, formats=f"{formats},quantize{{rounding=hqq}}")
+    assert made.kernels == {"0/conv2d#0": "float", "1/conv2d#0": "conv"}
+    assert made.lowered is not None
+    assert "zero points between codes" in made.lowered.refused["0/conv2d#0"]
+    inputs = random_inputs(made.program.io, 3)
+    assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 5e-3
+
+
+def test_a_race_is_between_what_programs_do() -> None:
+    """Behind another convolution the kernel finds codes; the first has to make them."""
+    scheme = Scheme(QFormat.parse("int8:channel"), QFormat.parse("uint8:tensor:asym"))
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.Tanh(),
+                          nn.Conv2d(8, 8, 3))  # fmt: skip
+    program = qcompiler.capture(model.eval(), torch.randn(1, 8, 12, 12), dynamic=False)
+    assert [race_conv._follows(s) for s in sites(program.nodes)] == [False, True, False]
+    assert all(set(race_conv.seconds(s, scheme)) == {"conv", "float"} for s in sites(program.nodes))
 
 
 def test_one_image_without_a_batch_stays_in_floating_point() -> None:
@@ -381,6 +479,10 @@ def test_an_image_that_is_not_the_weights_is_refused() -> None:
     ):
         with pytest.raises(BadInput, match=words):
             call(torch.randn(shape))
+    q = nearest(torch.randn(20, 49), QFormat.parse("int8:channel"))
+    call = choose_conv.prepare(q, 20, None, QFormat.parse("int8:tensor:dynamic"), Static(), window)
+    with pytest.raises(BadInput, match="a depthwise weight of 20 channels; found 33"):
+        call(torch.randn(1, 33, 9, 9))
 
 
 def test_the_mean_of_a_large_image() -> None:

@@ -3,9 +3,8 @@
 ==============  =============================================================================
 `rms_norm`      x / √(mean x² + ε) · gain                       (Zhang and Sennrich 2019)
 `layer_norm`    (x - mean x) / √(var x + ε) · gain + shift
-`silu_mul`      x / (1 + e^-x) · other                          (SwiGLU, Shazeer 2020)
-`gelu`          x Φ(x), the error function by Abramowitz and Stegun 7.1.26, |error| < 2e-7
-`gelu_tanh`     x / (1 + e^-2u), u = √(2/π) (x + 0.044715 x³)
+`silu_mul`      silu(x) · other                                 (SwiGLU, Shazeer 2020)
+`gelu`          `gelu_tanh` too: see `functions.py`
 `times`         x · gain: the signs of a random transform
 `hadamard`      x Hᵀ / √n                                       (`butterfly.py`)
 ==============  =============================================================================
@@ -13,7 +12,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,7 +19,7 @@ from llvmlite import ir
 
 from qcompiler.backends.cpu.codegen.butterfly import Butterfly, spare
 from qcompiler.backends.cpu.codegen.emit import FLOAT, Code, Value, Variable, vector
-from qcompiler.backends.cpu.codegen.functions import exp
+from qcompiler.backends.cpu.codegen.functions import FUNCTIONS
 from qcompiler.backends.cpu.codegen.isa import Isa
 
 Part = Callable[[Value, int], None]
@@ -73,15 +71,12 @@ class Row:
         Butterfly(self.code, self.isa, n).write(self.row, work, free)
 
     def _function(self, name: str, other: Value, work: Value) -> None:
-        function: dict[str, Callable[[Value], Value]] = {
-            "times": lambda x: x,
-            "silu_mul": self._silu,
-            "gelu": self._gelu,
-            "gelu_tanh": self._gelu_tanh,
-        }
+        function = FUNCTIONS.get(name.removesuffix("_mul"))
 
         def part(offset: Value, lanes: int) -> None:
-            value = function[name](self._load(self.row, offset, lanes))
+            value = self._load(self.row, offset, lanes)
+            if function is not None:
+                value = function(self.code, value)
             if name == "times":
                 value = self.code.b.fmul(value, self._load(self.given["gain"], offset, lanes))
             if name == "silu_mul":
@@ -139,38 +134,3 @@ class Row:
         self._each(part)
         wide, rest = (self.code.total(totals[lanes].get()) for lanes in (self.isa.lanes, 1))
         return self.code.b.fadd(wide, rest)
-
-    # -- functions of a vector ----------------------------------------------------------------
-
-    def _silu(self, x: Value) -> Value:
-        return self._over_one_plus_exp(x, self.code.b.fneg(x))
-
-    def _gelu_tanh(self, x: Value) -> Value:
-        b = self.code.b
-        cubic = b.fmul(b.fmul(x, x), self._number(0.044715, x))
-        inner = b.fmul(x, b.fadd(cubic, self._number(1.0, x)))
-        return self._over_one_plus_exp(
-            x, b.fmul(inner, self._number(-2 * math.sqrt(2 / math.pi), x))
-        )
-
-    def _gelu(self, x: Value) -> Value:
-        b = self.code.b
-        z = b.fmul(x, self._number(math.sqrt(0.5), x))
-        size = self.code.call(f"llvm.fabs.v{x.type.count}f32", x.type, z)
-        one = self._number(1.0, x)
-        t = b.fdiv(one, b.fadd(one, b.fmul(size, self._number(0.3275911, x))))
-        series = self._number(1.061405429, x)
-        for term in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-            series = self.code.fma(series, t, self._number(term, x))
-        tail = b.fmul(b.fmul(series, t), exp(self.code, b.fneg(b.fmul(z, z))))
-        # Φ(x) is tail / 2 on the left and 1 - tail / 2 on the right.
-        half = b.fmul(tail, self._number(0.5, x))
-        left = b.fcmp_ordered("<", x, self._number(0.0, x))
-        return b.fmul(x, b.select(left, half, b.fsub(one, half)))
-
-    def _over_one_plus_exp(self, x: Value, exponent: Value) -> Value:
-        b = self.code.b
-        return b.fdiv(x, b.fadd(self._number(1.0, x), exp(self.code, exponent)))
-
-    def _number(self, value: float, like: Value) -> Value:
-        return self.code.constant(FLOAT, value, like.type.count)

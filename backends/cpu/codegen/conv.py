@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from llvmlite import ir
 
+from qcompiler.backends.cpu.codegen.dots import dots
 from qcompiler.backends.cpu.codegen.emit import (
     FLOAT,
     I8,
@@ -27,20 +28,28 @@ from qcompiler.backends.cpu.codegen.emit import (
 )
 from qcompiler.backends.cpu.codegen.frame import Kernel, entry, share
 from qcompiler.backends.cpu.codegen.isa import Isa
-from qcompiler.backends.cpu.codegen.layout import CHUNK
+from qcompiler.backends.cpu.codegen.layout import CHUNK, PLANES
 from qcompiler.backends.cpu.codegen.linear import Loops
 from qcompiler.backends.cpu.codegen.pixels import zero_of
 from qcompiler.backends.cpu.codegen.tile import NUMBERS, POINTERS, Spec, Tile
 
 PLACES = (*POINTERS, "places", "taps", "next", "next_sum", "next_scale", "next_zero", "targets")
 """`next…` are those of the image that codes are handed on to, `targets` its pixels."""
-NUMBERS_OF = (*NUMBERS, "taps_count", "pitch", "next_pitch")
-"""`chunks` are those of all taps; `pitch` is bytes of a pixel."""
+NUMBERS_OF = (*NUMBERS, "taps_count", "pitch", "next_pitch", "units")
+"""`chunks` are those of all taps; `pitch` is bytes of a pixel, `units` those of a tap that are read
+(`ends_early`)."""
 SIZES = (*NUMBERS_OF, "tokens", "blocks", "strip")
 """`strip`: outputs that one thread computes at a time, a multiple of any tile's."""
 
 ROUNDING = 1.5 * 2**23
 """Added to a number of less than 2^22, it leaves the nearest integer in the lowest bits."""
+
+
+def ends_early(isa: Isa, spec: Spec) -> bool:
+    """Whether a tap is read no further than there are channels, and not to the end of its last
+    chunk: where sums do not mind, and zero points do not count on it."""
+    plain = len(PLANES[spec.bits]) == 1 and not spec.zeros
+    return plain and not dots(isa, spec.bits, spec.ready).chunked
 
 
 @lru_cache(maxsize=64)
@@ -83,8 +92,12 @@ class Taps(Tile):
             # Chunks are counted over all taps, bytes of a pixel from its own start.
             at = code.add(at, code.mul(before, -CHUNK * self.sums.step // 4))
             self._rows = [code.add(start, at) for start in starts]
-            with code.loop(before, code.add(before, per_tap)) as chunk:
-                self._chunk(chunk)
+            if ends_early(self.isa, self.spec):  # units lie one like the other, over all chunks
+                with code.loop(0, given["units"]) as unit:
+                    self._unit(before, unit)
+            else:
+                with code.loop(before, code.add(before, per_tap)) as chunk:
+                    self._chunk(chunk)
 
     def _row(self, m: int) -> Value:
         return self._rows[m]
@@ -100,7 +113,9 @@ class Taps(Tile):
     def _prepare(self, qmin: int, qmax: int) -> None:
         """What is the same for all codes."""
         code, given, b, lanes = self.code, self.given, self.code.b, self.isa.lanes
-        self._scale = code.splat(code.load(FLOAT, given["next_scale"]), lanes)
+        # Divided by once: sums are in float32, and off by as much as this product is.
+        scale = b.fdiv(ir.Constant(FLOAT, 1.0), code.load(FLOAT, given["next_scale"]))
+        self._scale = code.splat(scale, lanes)
         zero = zero_of(code, given, "next_zero")
         # clamp(round(u) + z, qmin, qmax) = round(clamp(u, qmin - z, qmax - z)) + z
         ends = (b.fsub(ir.Constant(FLOAT, float(q)), zero) for q in (qmin, qmax))
@@ -115,7 +130,7 @@ class Taps(Tile):
         if self.spec.codes is None:
             return
         code, given, b, lanes = self.code, self.given, self.code.b, self.isa.lanes
-        u = b.fdiv(value, self._scale)
+        u = b.fmul(value, self._scale)
         wrong = b.fcmp_unordered("uno", u, u)
         self._wrong[m] = wrong if self._wrong[m] is None else b.or_(self._wrong[m], wrong)
         u = b.select(b.fcmp_ordered(">", u, self._low), u, self._low)

@@ -31,6 +31,8 @@ class Dots(ABC):
     """Type of the sums of x."""
     step: ClassVar[int] = 4
     """Bytes of four inputs."""
+    chunked: ClassVar[bool] = False
+    """Whether sums want to be told where a chunk begins and ends (`open`, `close`)."""
 
     def __init__(self, code: Code, isa: Isa, bits: int, cells: list[Hashable]) -> None:
         self.code, self.isa, self.bits = code, isa, bits
@@ -103,6 +105,8 @@ class SignedQuadDots(Dots):
 class PairDots(Dots):
     """u8 × s8, two products to 16 bits (AVX2), widened when the sums could leave them. For codes of
     up to 7 bits, whose pairs fit."""
+
+    chunked: ClassVar[bool] = True
 
     def __init__(self, code: Code, isa: Isa, bits: int, cells: list[Hashable]) -> None:
         super().__init__(code, isa, bits, cells)

@@ -47,9 +47,10 @@ class Loops:
     """Tiles over tokens and blocks."""
 
     tile: ClassVar[type[Tile]] = Tile
+    sizes: ClassVar[Mapping[str, tuple[tuple[int, int], ...]]] = TILES
 
     def __init__(self, module: ir.Module, isa: Isa, spec: Spec) -> None:
-        self._spec, self._sizes = spec, TILES[isa.name]
+        self._spec, self._sizes = spec, self.sizes[isa.name]
         self._wide = max(blocks for _, blocks in self._sizes)
         made = [*self._sizes, *((tokens, 1) for tokens, _ in self._sizes)]
         self._tiles = {s: self.tile(module, isa, spec, *s).function for s in dict.fromkeys(made)}

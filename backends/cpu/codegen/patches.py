@@ -21,9 +21,10 @@ from qcompiler.backends.cpu.codegen.pixels import zero_of
 
 POINTERS = ("sum", "scale", "total", "scales", "places", "taps", "q", "patch", "runs",
             "zero", "next_sum", "targets")  # fmt: skip
-SIZES = ("tokens", "taps_count", "alike", "pitch", "runs_count", "run", "row")
+SIZES = ("tokens", "taps_count", "alike", "pitch", "runs_count", "run", "row", "more")
 """Outputs; taps; outputs that share a scale; bytes of a pixel; runs of bytes that lie together in a
-patch, bytes of one; bytes from one patch to the next."""
+patch, bytes of one; bytes from one patch to the next; codes of zero that a product reads besides
+what the sums of pixels count (or fewer, if negative)."""
 SPANS = (16, 4, 1)
 """Bytes that are copied at once: as many as are left."""
 
@@ -63,10 +64,7 @@ class _Patches:
             sums.set(b.fadd(sums.get(), code.load(FLOAT, given["sum"], code.mul(pixel, 4))))
         wrong = b.fcmp_unordered("uno", sums.get(), sums.get())
         total = b.fptosi(b.select(wrong, ir.Constant(FLOAT, 0.0), sums.get()), I32)
-        if self._copied:
-            filled = code.mul(code.mul(given["runs_count"], given["run"]), -1)
-            filled = b.trunc(code.add(given["row"], filled), I32)
-            total = b.add(total, b.mul(b.sext(zero, I32), filled))
+        total = b.add(total, b.mul(b.sext(zero, I32), b.trunc(given["more"], I32)))
         scale = code.load(FLOAT, given["scale"], code.mul(code.div(token, given["alike"]), 4))
         scale = b.select(wrong, ir.Constant(FLOAT, math.nan), scale)
         code.store(total, given["total"], code.mul(token, 4))

@@ -49,17 +49,18 @@ def scales(isa: Isa, rounding: Rounding) -> Kernel:
 
 
 @lru_cache(maxsize=64)
-def pixels(isa: Isa, rounding: Rounding) -> Kernel:
-    """The kernel; x (images, height, width, channels) float32 lies in this order. Frame: POINTERS,
-    SIZES, threads."""
-    return Kernel.of("pixels", isa, SIZES, POINTERS, _Pixels(isa, rounding).write)
+def pixels(isa: Isa, rounding: Rounding, summed: bool) -> Kernel:
+    """The kernel; x (images, height, width, channels) float32 lies in this order. Unless `summed`,
+    sums are only marks of NaN, and else 0. Frame: POINTERS, SIZES, threads."""
+    return Kernel.of("pixels", isa, SIZES, POINTERS, _Pixels(isa, rounding, summed).write)
 
 
 @lru_cache(maxsize=16)
-def borders(isa: Isa) -> Kernel:
+def borders(isa: Isa, summed: bool) -> Kernel:
     """The padding and the sums of pixels whose first `channels` codes are there already; the same
     frame."""
-    return Kernel.of("borders", isa, SIZES, POINTERS, _Borders(isa, Rounding(0, static=True)).write)
+    made = _Borders(isa, Rounding(0, static=True), summed)
+    return Kernel.of("borders", isa, SIZES, POINTERS, made.write)
 
 
 class _Largest:
@@ -121,8 +122,8 @@ def zero_of(code: Code, given: Mapping[str, Value], name: str = "zero") -> Value
 
 
 class _Pixels:
-    def __init__(self, isa: Isa, rounding: Rounding) -> None:
-        self._isa, self._how = isa, rounding
+    def __init__(self, isa: Isa, rounding: Rounding, summed: bool) -> None:
+        self._isa, self._how, self._summed = isa, rounding, summed
 
     def write(self, code: Code, given: Mapping[str, Value], thread: Value, threads: Value) -> None:
         """The lines of one thread, padding and all."""
@@ -137,7 +138,8 @@ class _Pixels:
             inside = code.b.icmp_unsigned("<", y, given["height"])
             source = code.add(code.mul(image, given["height"]), y)
             self._whole(code, given, inside, source, first, zero)
-            self._sums(code, given, first)
+            if self._summed:
+                self._sums(code, given, first)
 
     def _whole(
         self,

@@ -21,6 +21,7 @@ class Products:
 
     number: ClassVar[ir.Type] = FLOAT
     step: ClassVar[int] = 16
+    chunked: ClassVar[bool] = False
 
     def __init__(self, code: Code, isa: Isa, bits: int, cells: list[Hashable]) -> None:
         self.code, self.isa, self.bits = code, isa, bits

@@ -30,6 +30,7 @@ from qcompiler.backends.cpu.codegen.emit import (
     function,
     vector,
 )
+from qcompiler.backends.cpu.codegen.functions import FUNCTIONS
 from qcompiler.backends.cpu.codegen.isa import Isa
 from qcompiler.backends.cpu.codegen.layout import CHUNK, PLANES, STEPS
 from qcompiler.backends.cpu.codegen.products import Products
@@ -72,8 +73,8 @@ class Spec:
     """int8 activations have a zero point, one for all."""
     residual: bool = False
     """Something of the shape of y is added to it."""
-    relu: bool = False
-    """What is negative becomes zero at the end."""
+    behind: str = ""
+    """One of `functions.py`, at the end."""
     codes: tuple[int, int] | None = None
     """The result is handed on as codes in this range; see `conv.py`."""
     floats: bool = True
@@ -114,12 +115,13 @@ class Tile:
         self.code = Code(self.function)
         self.vectors = 64 // isa.bytes
         self.cells = [(m, *place) for m in range(tokens) for place in self._places]
-        made: type[Dots] | type[Products] = (
-            Products if spec.floating else dots(isa, spec.bits, spec.ready)
-        )
-        self.sums = made(self.code, isa, spec.bits, list(self.cells))
+        self.sums = self._products(isa, spec)(self.code, isa, spec.bits, list(self.cells))
         self.floats = {cell: self._float() for cell in self.cells}
         self._write()
+
+    def _products(self, isa: Isa, spec: Spec) -> type[Dots] | type[Products]:
+        """How products are taken."""
+        return Products if spec.floating else dots(isa, spec.bits, spec.ready)
 
     @cached_property
     def _places(self) -> list[tuple[int, int]]:
@@ -267,7 +269,7 @@ class Tile:
         return code.b.sub(total, code.b.mul(point, code.b.trunc(size, I32)))
 
     def _finish(self) -> None:
-        """y = relu(y · sx + b + residual)"""
+        """y = behind(y · sx + b + residual)"""
         code, lanes = self.code, self.isa.lanes
         for m in range(self.tokens):
             if not self.spec.floating:
@@ -284,10 +286,8 @@ class Tile:
                     place = code.add(code.mul(self.given["residual_stride"], m), offset)
                     more = code.load(vector(FLOAT, lanes), self.given["residual"], place)
                     value = code.b.fadd(value, more)
-                if self.spec.relu:  # a comparison with NaN is false: it stays
-                    nothing = code.constant(FLOAT, 0.0, lanes)
-                    negative = code.b.fcmp_ordered("<", value, nothing)
-                    value = code.b.select(negative, nothing, value)
+                if self.spec.behind:
+                    value = FUNCTIONS[self.spec.behind](code, value)
                 self._write_out(m, offset, value)
 
     def _write_out(self, m: int, offset: Value, value: Value) -> None:
