@@ -177,7 +177,9 @@ def measure(
             "against_eager": statistics.median(
                 b / t for b, t in zip(base, times[name], strict=True)
             ),
-            "error": relative_error(wanted, first(contender.run(case.inputs))),
+            "error": relative_error(wanted, first(contender.run(case.inputs)))
+            if contender.comparable
+            else None,
             "bytes": contender.bytes,
         }
         for name, contender in contenders.items()
@@ -218,7 +220,8 @@ def show(rows: list[dict], failed: dict[str, str]) -> None:
             cells = [f"{own[t]['against_eager']:.2f}" if t in own else "" for t in threads]
             sizes = [r["bytes"] for r in own.values() if r["bytes"]]
             size = f"{sizes[0] / 1e6:.1f}" if sizes else ""
-            table.add_row(name, *cells, f"{max(r['error'] for r in own.values()):.1e}", size)
+            errors = [r["error"] for r in own.values() if r["error"] is not None]
+            table.add_row(name, *cells, f"{max(errors):.1e}" if errors else "", size)
         console.print(table)
     for name, why in failed.items():
         console.print(f"{name} is missing: {why}", markup=False)

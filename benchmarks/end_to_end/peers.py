@@ -24,6 +24,8 @@ class Contender:
     run: Callable[[dict[str, object]], object]
     bytes: int | None = None
     """Of weights, or of the file."""
+    comparable: bool = True
+    """Whether what it returns is for the same inputs: a cache of its own holds other numbers."""
 
 
 Maker = Callable[["Case", int], Contender]
@@ -84,6 +86,48 @@ def openvino(how: str) -> Maker:
             return torch.from_numpy(request.get_output_tensor(0).data)
 
         return Contender(run, bytes_)
+
+    return make
+
+
+GGUF = {"Q4_0": "int4:group32:mirrored", "Q8_0": "int8:group32"}
+
+
+def llama_cpp(kind: str) -> Maker:
+    """llama.cpp on the file that `export --format gguf` writes, all layers in one type, its cache
+    in float32. A step of decoding is behind as many tokens in a cache of its own."""
+
+    def make(case: Case, threads: int) -> Contender:
+        import llama_cpp
+
+        import qcompiler
+        from qcompiler.backends.checkpoint.gguf import GgufBackend
+
+        past = next((k[0].shape[2] for k in [case.inputs.get("keys")] if k), 0)
+        ids = case.inputs["input_ids"].flatten().tolist()
+        with tempfile.TemporaryDirectory() as folder:
+            source, path = Path(folder) / "model", Path(folder) / "model.gguf"
+            case.model.model.save_pretrained(source)
+            weight = f"{GGUF[kind]}:scale(fp16)"
+            passes = (
+                f"canonicalize{{optional=true}},assign{{weight={weight} head={weight}}},quantize"
+            )
+            made = qcompiler.compile(source, passes=passes, backend="gguf")
+            GgufBackend().write(made.program, source, path)
+            bytes_ = path.stat().st_size
+            model = llama_cpp.Llama(
+                str(path), n_ctx=past + len(ids), n_batch=512, n_threads=threads,
+                n_threads_batch=threads, logits_all=not past, use_mmap=False, verbose=False,
+                type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+            )  # fmt: skip
+        model.eval([1] * past)
+
+        def run(inputs: dict[str, object]) -> object:
+            model.n_tokens = past
+            model.eval(ids)
+            return torch.from_numpy(model.scores[past : past + len(ids)][None])
+
+        return Contender(run, bytes_, comparable=not past)
 
     return make
 
@@ -196,7 +240,12 @@ _ORT: dict[str, Maker] = {
     "onnxruntime MatMulNBits 8:32": ort("nbits8:32"),
 }
 PEERS: dict[str, dict[str, Maker]] = {
-    "decoder": {**_COMPILED, **_ORT, "OpenVINO float32": openvino("float")},
+    "decoder": {
+        **_COMPILED,
+        **_ORT,
+        "OpenVINO float32": openvino("float"),
+        **{f"llama.cpp {kind}": llama_cpp(kind) for kind in GGUF},
+    },
     "encoder": {**_COMPILED, **_ORT, "OpenVINO float32": openvino("float")},
     "pictures": {
         "torch.compile float32": compile_float,

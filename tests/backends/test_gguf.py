@@ -113,6 +113,8 @@ def test_other_models(name: str, passes: str, saved: object, tmp_path: Path) -> 
     compiled, told = written(saved(name), passes.format(scheme), tmp_path / "model.gguf")
     assert sorted(told.formats) == ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
     assert any("float16" in n for n in told.notes) and "no tokenizer" in told.notes[-1]
+    kept = gguf.GGUFReader(told.output).get_field("tokenizer.ggml.model")
+    assert kept is not None and kept.contents() == "no_vocab"  # llama.cpp wants to be told
     model, ids = opened(told.output), tokens()
     assert error(logits(model, ids), compiled(ids)["logits"]) < 2e-3  # scales in float16
     assert model.config.tie_word_embeddings == (name == "tied_llama" and passes is SMOOTHED)

@@ -83,6 +83,7 @@ def write_file(output: Path, source: Source, naming: Naming, tensors: Tensors) -
             writer.add_quantization_version(GGML_QUANT_VERSION)
         if missing := write_tokenizer(writer, source.folder, source.settings.vocab_size):
             tensors.notes[missing] = None
+            writer.add_tokenizer_model("no_vocab")  # else llama.cpp does not load the file
         for name, (data, kind) in tensors.data.items():
             writer.add_tensor(name, data, raw_dtype=kind)
         writer.write_header_to_file()
