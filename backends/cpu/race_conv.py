@@ -53,15 +53,17 @@ def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
 
 def _follows(site: Site) -> bool:
     """Whether a convolution is before it, and nothing between that it does not do besides."""
-    waiting = [site.x]
+    waiting: list[object] = [site.x]
+    seen: set[object] = set()
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, fx.Node) or node in seen:
             continue
+        seen.add(node)
         if node.target is CONV or (node.target in KINDS and KINDS[node.target].name == "conv"):
             return True
         if node.target in BETWEEN:
-            waiting += node.args[:2]  # type: ignore[arg-type]  # nodes, and others are left out
+            waiting += node.args[:2]
     return False
 
 
