@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from qcompiler.program import node_id, shape_of
+from qcompiler.program import is_tensor, node_id, shape_of
 from qcompiler.sites import Edge, site_of
 
 
@@ -41,7 +41,9 @@ def sums(nodes: Iterable[fx.Node]) -> list[Sum]:
 
 
 def _of_results(node: fx.Node) -> bool:
-    parts = [a for a in node.args if isinstance(a, fx.Node)]
-    if node.kwargs or len(parts) != 2 or shape_of(parts[0]) != shape_of(parts[1]):
+    # What is no tensor is a length that is added to positions.
+    parts = [a for a in node.args if isinstance(a, fx.Node) and is_tensor(a)]
+    if node.kwargs or len(parts) != 2:
         return False
-    return any((s := site_of(a)) is not None and s.kind.name == "conv" for a in parts)
+    convolved = any((s := site_of(a)) is not None and s.kind.name == "conv" for a in parts)
+    return convolved and shape_of(parts[0]) == shape_of(parts[1])

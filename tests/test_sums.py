@@ -103,3 +103,25 @@ def test_files_that_cannot_say_it_refuse() -> None:
     program = compiled("reference", f"weight=float sum={UINT8}").program
     with pytest.raises(BackendError, match="attention or sums are rounded"):
         get_backend("checkpoint").check(program)
+
+
+class Behind(nn.Module):
+    """Positions counted from behind a cache of any length, as a step of decoding counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(64, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(x.shape[1]) + past.shape[1]
+        return self.linear(x + self.table(position)) + past.mean()
+
+
+def test_a_length_that_is_added_is_no_sum() -> None:
+    x, past = torch.randn(1, 1, 32), torch.randn(1, 9, 32)
+    made = qcompiler.compile(
+        Behind().eval(), (x, past), passes="assign{weight=int8:channel head=same},quantize",
+        backend="reference", dynamic={"past": {1: "past"}},
+    )  # fmt: skip
+    assert not sums(made.program.nodes)
+    assert made(x, torch.randn(1, 17, 32)).shape == (1, 1, 32)
