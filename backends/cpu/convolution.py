@@ -127,9 +127,11 @@ def _check(x: Tensor, weight: Tensor, out: int, window: Window) -> None:
     if min(window.output(height, wide)) < 0:
         raise BadInput(f"qc_cpu::conv: {tuple(x.shape)} is smaller than its kernel")
     if depthwise.is_packed(weight):
-        if x.shape[1] != out:
+        found, held = (x.shape[1], -(-window.taps // 2)), (out, weight.shape[1])
+        if found != held:
             raise BadInput(
-                f"qc_cpu::conv has a depthwise weight of {out} channels; found {x.shape[1]}"
+                "qc_cpu::conv has a depthwise weight of {} channels and {} pairs of taps; "
+                "found {} and {}".format(*held, *found)
             )
         return
     chunks = -(-width(x.shape[1], window.taps) // layout.CHUNK)

@@ -61,8 +61,13 @@ class Fuse(Pass):
         """Rewrite all that fits."""
 
     def found(self, edit: Edit, *targets: object) -> list[fx.Node]:
-        """The calls of these operators that are not excluded."""
-        return [n for n in edit.calls(*targets) if node_id(n) not in self.exclude]
+        """The calls of these operators in float32 that are not excluded: one program may have
+        several types, and what is rounded between two operators in 16 bits is part of both."""
+        return [
+            n
+            for n in edit.calls(*targets)
+            if n.meta["val"].dtype == torch.float32 and node_id(n) not in self.exclude
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

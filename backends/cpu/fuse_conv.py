@@ -69,7 +69,7 @@ class FuseConv(Fuse):
                     self._put(edit, add, conv, residual=other)
                     break
         for node in self.found(edit, *FUNCTIONS, *CLAMPS):
-            name, conv = _function(node), _free(node.args[0], "behind")
+            name, conv = function_of(node), _free(node.args[0], "behind")
             if name and conv is not None:
                 self._put(edit, node, conv, behind=name)
 
@@ -110,11 +110,11 @@ class LowerMean(Fuse):
                 edit.replace(node, new)
 
 
-def _function(node: fx.Node) -> str:
+def function_of(node: fx.Node) -> str:
     """What an operator is called behind a convolution; nothing if it is another one."""
     if node.target in CLAMPS:
         return "relu6" if node.args[1:] == (0, 6) and not node.kwargs else ""
-    return gelu_of(node) if node.target is aten.gelu.default else FUNCTIONS[node.target]
+    return gelu_of(node) if node.target is aten.gelu.default else FUNCTIONS.get(node.target, "")
 
 
 def _free(node: Argument, *names: str) -> fx.Node | None:

@@ -40,7 +40,7 @@ class LowerConv(Pass):
     def run(self, edit: Edit, facts: Facts) -> None:
         for site in sites(edit.nodes):
             scheme = edit.plan.get(site.id)
-            if scheme is None or site.id in self.exclude or not self._chosen(site, scheme):
+            if scheme is None or site.id in self.exclude or not self._fits(site, scheme):
                 continue
             weight, static = stored(edit, site.weight), static_of(edit, site)
             if weight is None or static is None or scheme.activation is None:
@@ -49,6 +49,8 @@ class LowerConv(Pass):
             if weight.zero is not None and weight.zero.is_floating_point() and at.groups > 1:
                 edit.skip(site.node, "zero points between codes, for each channel by itself")
                 continue
+            if not self._pays(site, scheme):
+                continue
             edit.spend(self._reason(site, scheme), site.node)
             channels = at.groups * int(site.weight.meta["val"].shape[1])
             window = Window.of(*at[:4])
@@ -56,9 +58,10 @@ class LowerConv(Pass):
             make = partial(prepare, weight, channels, bias, scheme.activation, static, window)
             put_in(edit, site, weight, make)
 
-    def _chosen(self, site: Site, scheme: Scheme) -> bool:
-        if not any(c.fits(site, scheme) for c in CLAIMS) or refuses(site, scheme):
-            return False
+    def _fits(self, site: Site, scheme: Scheme) -> bool:
+        return any(c.fits(site, scheme) for c in CLAIMS) and refuses(site, scheme) is None
+
+    def _pays(self, site: Site, scheme: Scheme) -> bool:
         times = {} if self.forced else seconds(site, scheme)
         return self.forced or times[NAME] < times["float"]
 

@@ -1,9 +1,9 @@
 """Whether the generated convolution pays: it runs beside torch's in floating point.
 
 On one random image of the site's own size, whose channels are last in memory, as they are between
-convolutions (`fuse_conv.py`). Where scales are known beforehand both leave codes for the next one,
-and the kernel reads those that the one before it left: that is what they do in a program
-(`executor_conv.py`), and half of the time of a small convolution.
+convolutions (`fuse_conv.py`). Where codes are handed on in a program (`executor_conv.py`) they are
+here: behind another generated convolution the kernel finds them, before one both leave them. That
+is half of the time of a small convolution.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -20,11 +20,13 @@ from torch import Tensor, fx
 from qcompiler.backends.cpu.calls import Parameters, scratch
 from qcompiler.backends.cpu.choose import SECONDS
 from qcompiler.backends.cpu.choose_conv import CLAIMS, NAME, prepare, refuses, value_of
+from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.depthwise import is_packed
 from qcompiler.backends.cpu.conv_calls import ConvCall
 from qcompiler.backends.cpu.convolution import channels_last
-from qcompiler.backends.cpu.fuse_conv import CLAMPS, CONV, FUNCTIONS
-from qcompiler.backends.cpu.images import Image, RoundCall
+from qcompiler.backends.cpu.executor_conv import X_SCALE
+from qcompiler.backends.cpu.fuse_conv import CONV, function_of
+from qcompiler.backends.cpu.images import FrameCall, Image, RoundCall
 from qcompiler.backends.cpu.kernels import Call, Static, instructions
 from qcompiler.backends.cpu.window import Pair, Window, pitch
 from qcompiler.costs.cache import Cache, cache_folder, environment
@@ -36,8 +38,7 @@ from qcompiler.vectors import window_of
 
 IMAGE = 56
 """Height and width of an image whose size is not known."""
-BETWEEN = {*FUNCTIONS, *CLAMPS, torch.ops.aten.add.Tensor, torch.ops.qc.fake_quantize.default}
-"""Operators that a convolution does besides, so that codes go from one to the next."""
+ADD, ROUND = torch.ops.aten.add.Tensor, torch.ops.qc.fake_quantize.default
 
 
 def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
@@ -48,32 +49,54 @@ def seconds(site: Site, scheme: Scheme) -> dict[str, float]:
     window, value = window_of(site), value_of(site)
     size = tuple(n if isinstance(n, int) else IMAGE for n in value.shape[2:])
     race = _Race(shape, window.groups, size, Window.of(*window[:4]), scheme, value.dtype)
-    return dict(_seconds(race, _follows(site), torch.get_num_threads()))
+    ends = _Ends(_finds(site), _leaves(site))
+    return dict(_seconds(race, ends, torch.get_num_threads()))
 
 
-def _follows(site: Site) -> bool:
-    """Whether a convolution is before it, and nothing between that it does not do besides."""
-    waiting: list[object] = [site.x]
-    seen: set[object] = set()
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if node.target is CONV or (node.target in KINDS and KINDS[node.target].name == "conv"):
-            return True
-        if node.target in BETWEEN:
-            waiting += node.args[:2]
-    return False
+class _Ends(NamedTuple):
+    """Where codes are handed on."""
+
+    finds: bool
+    """The kernel finds its input rounded."""
+    leaves: bool
+    """The result is left as codes."""
+
+
+def _finds(site: Site) -> bool:
+    """Whether a generated convolution is before it, and nothing between that it does not do
+    besides. (Sites are lowered in the order of the graph: what is not yet, stays as it is.)"""
+    return any(n.target is CONV for n in _reached(site.x, lambda node: node.all_input_nodes))
+
+
+def _leaves(site: Site) -> bool:
+    """The same behind it, for one that reads codes whose scale is known; it may be lowered yet."""
+    nodes = list(_reached(site.node, lambda node: list(node.users)))
+    if any(n.target is CONV and n.args[X_SCALE] is not None for n in nodes[1:]):
+        return True
+    rounded = [n for n in nodes if n.target is ROUND and len(n.args) > 2 and n.args[2] is not None]
+    return any(
+        u.target in KINDS and KINDS[u.target].name == "conv" for r in rounded for u in r.users
+    )
+
+
+def _reached(start: fx.Node | None, beyond: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
+    """`start` and what comes beyond it, through what a convolution does besides: one of each."""
+    found = edge = [] if start is None else [start]
+    for _ in (ADD, "a function", ROUND):
+        through = [n for n in edge if n is start or n.target in (ADD, ROUND) or function_of(n)]
+        edge = [n for node in through for n in beyond(node)]
+        found = [*found, *edge]
+    return found
 
 
 @lru_cache(maxsize=1024)
-def _seconds(race: _Race, follows: bool, threads: int) -> tuple[tuple[str, float], ...]:
+def _seconds(race: _Race, ends: _Ends, threads: int) -> tuple[tuple[str, float], ...]:
     cache = Cache(cache_folder("cpu"), environment("cpu"))
-    key = f"conv {race.key} {'behind another ' if follows else ''}{instructions()}"
+    key = f"conv {race.key} {'codes' if ends.finds else 'numbers'} to "
+    key += f"{'codes' if ends.leaves else 'numbers'} {instructions()}"
     kept = cache.get(key)
     if not isinstance(kept, dict) or set(kept) != {NAME, "float"}:
-        kept = floors(race.runs(follows), seconds=SECONDS)
+        kept = floors(race.runs(ends), seconds=SECONDS)
         cache.put(key, kept)
     return tuple((str(name), float(value)) for name, value in kept.items())
 
@@ -97,8 +120,8 @@ class _Race:
         sizes = (self.shape, self.groups, self.size, tuple(self.window))
         return f"{sizes} {self.scheme} {self.dtype}"
 
-    def runs(self, follows: bool) -> dict[str, Callable[[], object]]:
-        """Both; `follows` is whether the kernel finds its input rounded."""
+    def runs(self, ends: _Ends) -> dict[str, Callable[[], object]]:
+        """Both."""
         generator = torch.Generator().manual_seed(0)  # the user's own stays as it is
         activation, weight = self.scheme.activation, self.scheme.weight
         assert activation is not None and weight is not None
@@ -117,7 +140,7 @@ class _Race:
         if activation.dynamic or x.ndim == 3 or x.dtype != torch.float32:
             kernel = partial(call.operator, x, *call.parameters.values(), *call.constants)
             return {NAME: partial(kernel, last=True), "float": floating}
-        return self._handed(x, call, floating, follows)
+        return self._handed(x, call, floating, ends)
 
     def _floating(self, x: Tensor, weight: Tensor, static: Static) -> Tensor:
         activation = str(self.scheme.activation)
@@ -127,9 +150,9 @@ class _Race:
         return convolve(rounded, weight, None, stride, padding, dilation, self.groups)
 
     def _handed(
-        self, x: Tensor, call: Call, floating: Callable[[], Tensor], follows: bool
+        self, x: Tensor, call: Call, floating: Callable[[], Tensor], ends: _Ends
     ) -> dict[str, Callable[[], object]]:
-        """Both leave codes for a next convolution."""
+        """Both as in a settled program, with codes at these ends."""
         parameters = cast("Parameters", tuple(call.parameters.values()))
         weight, *_, scale, zero = parameters
         memory: list[Tensor] = []
@@ -138,30 +161,38 @@ class _Race:
             memory.append(torch.empty(size, dtype=torch.uint8))
             return memory[-1].data_ptr()
 
-        def image(x: Tensor, padding: Pair, pitch: int) -> Image:
+        def image(x: Tensor, padding: Pair, pitch: int, summed: bool) -> Image:
             batch, channels, height, width = x.shape
             activation = str(self.scheme.activation)
             return Image(
-                batch, height, width, channels, padding, pitch, activation, scale, zero, take
+                batch, height, width, channels, padding, pitch, activation, scale, zero, take,
+                summed=summed,
             )  # fmt: skip
 
         apart = is_packed(weight)
-        first = image(x, self.window.padding, pitch(x.shape[1], self.window.taps, apart))
-        y = floating()
-        following = image(y, (0, 0), pitch(y.shape[1], 1))
-        start = RoundCall(channels_last(x), first, scratch)
+        wide = pitch(x.shape[1], self.window.taps, apart)
+        first = image(x, self.window.padding, wide, not apart)
+        start: Callable[[], None] = RoundCall(channels_last(x), first, scratch)
         start()
+        if ends.finds:
+            start = FrameCall(first, layout.padded(x.shape[1], layout.OUTPUTS))
+        result = channels_last(floating())
+        following = image(result.permute(0, 3, 1, 2), (0, 0), pitch(result.shape[3], 1), True)
+        y = torch.empty(*result.shape[:3], layout.OUTPUTS * weight.shape[0])
         product = ConvCall(
-            first, None, parameters, str(call.constants[0]), self.window, scratch, hand=following
+            first, None if ends.leaves else y, parameters, str(call.constants[0]), self.window,
+            scratch, hand=following if ends.leaves else None,
         )  # fmt: skip
 
         def kernel() -> list[Tensor]:
-            if not follows:
-                start()
+            start()
             product()
-            return memory  # is in use as long as this function is
+            return [*memory, y]  # they are in use as long as this function is
 
-        def library() -> None:
-            RoundCall(channels_last(floating()), following, scratch)()
+        def library() -> Tensor:
+            found = floating()
+            if ends.leaves:
+                RoundCall(channels_last(found), following, scratch)()
+            return found
 
         return {NAME: kernel, "float": library}

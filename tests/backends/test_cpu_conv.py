@@ -228,7 +228,7 @@ def test_functions_behind(name: str, isa: str) -> None:
     got = call.operator(*arguments, behind=name)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
     zero = call.operator(torch.zeros_like(x), *arguments[1:], behind=name)
-    assert not zero.any()  # channels that fill a block stay zero, as readers expect
+    assert not zero.any()  # so that outputs that only fill a block stay zero, as readers expect
 
 
 def test_operators_are_sound() -> None:
@@ -437,6 +437,59 @@ def test_inverted_bottlenecks(function: type[nn.Module], isa: str) -> None:
         assert all(map(torch.equal, made.lowered.program.flat(inputs), got))
 
 
+class TwoReaders(nn.Module):
+    """One image that a depthwise and a dense convolution read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+        self.each = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.all = nn.Conv2d(24, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(self.each(x) + self.all(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("activation", ["uint8:tensor:asym", "int8:sample:dynamic"])
+@pytest.mark.parametrize("weight", ["int8:channel", "int8:channel:asym"])
+def test_an_image_with_two_readers(weight: str, activation: str, isa: str) -> None:
+    """Sums of pixels for the one, none for the other; NaN for both, on two threads as well."""
+    x = torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(1))
+    formats = f"assign{{weight={weight} activation={activation} head=same}},quantize"
+    made = compiled(TwoReaders(), x, False, formats)
+    assert set(made.kernels.values()) == {"conv"}
+    inputs = random_inputs(made.program.io, 3)
+    got = made.artifact.run(inputs)
+    assert relative_error(made.program.flat(inputs), got) < 5e-3
+    torch.set_num_threads(2)
+    try:
+        assert all(map(torch.equal, got, made.artifact.run(inputs)))
+    finally:
+        torch.set_num_threads(1)
+    x[1, 0, 5, 5] = torch.nan
+    assert made.artifact.run((x,))[0].isnan().all(1).tolist() == [False, True]
+
+
+def test_depthwise_lines() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 5, 2, 2, groups=8), nn.SiLU(), nn.Conv1d(8, 12, 1))
+    made = compiled(model, torch.randn(2, 8, 20))
+    assert list(made.kernels.values()) == ["conv", "conv"]
+    inputs = random_inputs(made.program.io, 3)
+    assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 5e-3
+
+
+def test_programs_in_16_bits_are_not_fused() -> None:
+    """What is rounded between two operators is part of both."""
+    made = compiled(Inverted(nn.SiLU).bfloat16(), torch.randn(1, 3, 18, 14).bfloat16(), False)
+    assert set(made.kernels.values()) == {"conv"} and made.lowered is not None
+    convs = [n for n in made.lowered.program.nodes if "conv" in str(n.target)]
+    assert len(convs) == 5 and not any(n.kwargs for n in convs)
+    inputs = random_inputs(made.program.io, 3)
+    assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 2e-2
+
+
 def test_zero_points_between_codes_of_single_channels_stay_in_floating_point() -> None:
     x = torch.randn(1, 16, 8, 8)
     model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1))
@@ -449,14 +502,57 @@ def test_zero_points_between_codes_of_single_channels_stay_in_floating_point() -
     assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 5e-3
 
 
-def test_a_race_is_between_what_programs_do() -> None:
-    """Behind another convolution the kernel finds codes; the first has to make them."""
+RACES: dict[str, tuple[Callable[[], list[nn.Module]], list[tuple[bool, bool]]]] = {
+    "a chain": (
+        lambda: [nn.Conv2d(8, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3)], [(False, True), (True, False)]
+    ),
+    "a clamp of other ends": (
+        lambda: [nn.Conv2d(8, 8, 3), nn.Hardtanh(), nn.Conv2d(8, 8, 3)], [(False, False)] * 2
+    ),
+    "another function": (
+        lambda: [nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3)], [(False, False)] * 2
+    ),
+    "one in floating point": (
+        lambda: [nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3)], [(False, False)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_a_race_is_between_what_programs_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From codes only behind one that is served, to codes only if a convolution reads them."""
+    make, wanted = RACES[name]
+    raced: dict[object, tuple[bool, bool]] = {}
+
+    def won(race: object, ends: tuple[bool, bool], threads: int) -> list[tuple[str, float]]:
+        raced[race] = tuple(ends)
+        return [("conv", 1.0), ("float", 2.0)]
+
+    monkeypatch.setattr(race_conv, "_seconds", won)
+    x = torch.randn(1, 8, 12, 12)
+    passes = f"canonicalize{{optional=true}},{STATIC}"
+    qcompiler.compile(
+        nn.Sequential(*make()).eval(), x, passes=passes, data=[x], backend="cpu", dynamic=False
+    )
+    assert [raced[race] for race in sorted(raced, key=lambda r: -r.size[0])] == wanted
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("groups", [1, 24])
+def test_both_of_a_race_compute_the_same(leaves: bool, groups: int) -> None:
     scheme = Scheme(QFormat.parse("int8:channel"), QFormat.parse("uint8:tensor:asym"))
-    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.Tanh(),
-                          nn.Conv2d(8, 8, 3))  # fmt: skip
-    program = qcompiler.capture(model.eval(), torch.randn(1, 8, 12, 12), dynamic=False)
-    assert [race_conv._follows(s) for s in sites(program.nodes)] == [False, True, False]
-    assert all(set(race_conv.seconds(s, scheme)) == {"conv", "float"} for s in sites(program.nodes))
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    race = race_conv._Race((24, 24 // groups, 3, 3), groups, (9, 8), window, scheme, torch.float32)
+    runs = race.runs(race_conv._Ends(False, leaves))
+    *_, codes, y = runs["conv"]()
+    mine = codes[: 72 * 32].clone().view(torch.int8).reshape(72, 32)[:, :24].int()
+    want = runs["float"]()
+    if leaves:
+        theirs = codes[: 72 * 32].view(torch.int8).reshape(72, 32)[:, :24].int()
+        assert mine.unique().numel() > 9
+        assert (mine - theirs).abs().max() <= 1 and (mine != theirs).float().mean() < 0.01
+    else:
+        assert relative_error(want, y[..., :24].permute(0, 3, 1, 2)) < 1e-5
 
 
 def test_one_image_without_a_batch_stays_in_floating_point() -> None:
@@ -481,8 +577,12 @@ def test_an_image_that_is_not_the_weights_is_refused() -> None:
             call(torch.randn(shape))
     q = nearest(torch.randn(20, 49), QFormat.parse("int8:channel"))
     call = choose_conv.prepare(q, 20, None, QFormat.parse("int8:tensor:dynamic"), Static(), window)
-    with pytest.raises(BadInput, match="a depthwise weight of 20 channels; found 33"):
+    with pytest.raises(BadInput, match="20 channels and 25 pairs of taps; found 33 and 25"):
         call(torch.randn(1, 33, 9, 9))
+    out, _, *rest = call.constants[2:]
+    with pytest.raises(BadInput, match="found 20 and 5"):
+        call.operator(torch.randn(1, 20, 9, 9), *call.parameters.values(), *call.constants[:2],
+                      out, [3, 3], *rest)  # fmt: skip
 
 
 def test_the_mean_of_a_large_image() -> None:

@@ -113,9 +113,7 @@ class Taps(Tile):
     def _prepare(self, qmin: int, qmax: int) -> None:
         """What is the same for all codes."""
         code, given, b, lanes = self.code, self.given, self.code.b, self.isa.lanes
-        # Divided by once: sums are in float32, and off by as much as this product is.
-        scale = b.fdiv(ir.Constant(FLOAT, 1.0), code.load(FLOAT, given["next_scale"]))
-        self._scale = code.splat(scale, lanes)
+        self._scale = code.splat(code.load(FLOAT, given["next_scale"]), lanes)
         zero = zero_of(code, given, "next_zero")
         # clamp(round(u) + z, qmin, qmax) = round(clamp(u, qmin - z, qmax - z)) + z
         ends = (b.fsub(ir.Constant(FLOAT, float(q)), zero) for q in (qmin, qmax))
@@ -130,7 +128,9 @@ class Taps(Tile):
         if self.spec.codes is None:
             return
         code, given, b, lanes = self.code, self.given, self.code.b, self.isa.lanes
-        u = b.fmul(value, self._scale)
+        u = b.fdiv(
+            value, self._scale
+        )  # not times 1 / s: codes are those of `pixels.py`, all of them
         wrong = b.fcmp_unordered("uno", u, u)
         self._wrong[m] = wrong if self._wrong[m] is None else b.or_(self._wrong[m], wrong)
         u = b.select(b.fcmp_ordered(">", u, self._low), u, self._low)

@@ -3,7 +3,7 @@
     y[m, c] = s[c] sx[m] (Σ_t w[c, t] x[place[m] + tap[t], c] - z' Σ_t w[c, t]) + …
 
 Weights are int16, less their zero point, so that only z', that of x, is left to see to. Taps come
-in pairs: two products of 16 bits are one sum of 32, where 65,793 taps have room.
+in pairs: two products of 16 bits are one sum of 32, where 33,025 taps have room (255 · 255 each).
 
     weight (channels, taps)  →  int16 (blocks of 16 channels, pairs of taps, 16, 2)
 
