@@ -47,6 +47,9 @@ class Capability:
     """Features of the machine that it cannot do without, see `Backend.has`: `avx512_vnni`."""
     multiple_of: tuple[int, int] = (1, 1)
     """What the outputs and the inputs of a weight must be multiples of."""
+    flips: bool = False
+    """It rounds activations by other arithmetic than x / s: one that lies between two codes, up to
+    float32's last digits, may get either."""
     splits_sums: bool = False
     """Threads share its sums, so that last bits depend on their number, as a library's in float."""
 
@@ -59,6 +62,7 @@ class Capability:
         rows, columns = self.multiple_of
         said = {
             f"sums in {self.accumulator}": bool(self.accumulator),
+            "what lies between two codes may get either": self.flips,
             "last bits depend on threads": self.splits_sums,
             f"needs {', '.join(self.needs)}": bool(self.needs),
             f"multiples of {rows} × {columns}": self.multiple_of != (1, 1),

@@ -14,6 +14,7 @@ from qcompiler import pipeline
 from qcompiler.capture import open_model
 from qcompiler.cli_backends import BACKENDS
 from qcompiler.cli_export import export
+from qcompiler.cli_generate import generate_
 from qcompiler.cli_lists import LISTS
 from qcompiler.cli_plan import plan_
 from qcompiler.cli_shared import bar, calibration, progress, tokenizer_of, with_data
@@ -74,6 +75,9 @@ def main() -> None:
 @click.option("--passes", help="A pipeline as text, instead of a recipe.")
 @click.option("--plan", type=Path, help="A file of `qcompiler plan`, in place of `assign`.")
 @click.option("--backend", default="cpu", show_default=True)
+@click.option(
+    "--cache", is_flag=True, help="A language model with its cache as an argument, for `generate`."
+)
 @with_data
 @click.option(
     "--work",
@@ -89,6 +93,7 @@ def compile_(
     passes: str | None,
     plan: Path | None,
     backend: str,
+    cache: bool,
     data: Path | None,
     batches: int,
     work: Path | None,
@@ -109,8 +114,9 @@ def compile_(
         err.print(f"going on from what a run before has left in {work}", highlight=False)
     with progress(json_) as watch:
         compiled = compile_model(
-            model, passes=passes, plan=plan, backend=backend, data=feed, watch=watch, work=work
-        )
+            model, passes=passes, plan=plan, backend=backend, data=feed, cache=cache, watch=watch,
+            work=work,
+        )  # fmt: skip
     compiled.save(output)
     if json_:
         print_json(
@@ -316,8 +322,11 @@ def eval_(artifact: Path, data: Path, metric: str, batches: int | None, json_: b
 )
 @click.option("--batch", default=1, show_default=True)
 @click.option("--sequence", default=64, show_default=True)
+@click.option(
+    "--past", default=0, show_default=True, help="Tokens in the cache, where there is one."
+)
 @as_json
-def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) -> None:
+def bench(artifact: Path, against: str, batch: int, sequence: int, past: int, json_: bool) -> None:
     """Time a compiled folder against the float program, in turn, on the same inputs."""
     saved, compiled = read(artifact), load(artifact)
     reference = _float_program(saved)
@@ -325,7 +334,7 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     if against == "backend":
         target = get_backend(saved.about.backend)
         runs[against] = build(pipeline.run_pipeline(reference, make_passes(BEFORE)), target).run
-    sizes = sizes_for(saved.program.io, batch, sequence)
+    sizes = sizes_for(saved.program.io, batch, sequence, past)
     inputs = random_inputs(saved.program.io, 0, sizes)
     times = race(runs, inputs)
     result = {
@@ -347,7 +356,7 @@ def bench(artifact: Path, against: str, batch: int, sequence: int, json_: bool) 
     )
 
 
-for command in (export, plan_, *LISTS, *BACKENDS):
+for command in (export, generate_, plan_, *LISTS, *BACKENDS):
     main.add_command(command)
 
 # --- helpers -----------------------------------------------------------------------------------
@@ -382,7 +391,7 @@ def _float_program(saved: Saved) -> Program:
             "module:factory"
         )
     try:
-        return open_model(source.place)[0]
+        return source.open()
     except BadInput as error:
         raise BadInput(f"the float model of {saved.folder} is gone: {error}") from error
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from qcompiler.capture import Dynamic, Model, Source, open_model
 from qcompiler.check import relative_error
 from qcompiler.errors import BackendError, BadInput, PassError
 from qcompiler.export import export_onnx
+from qcompiler.generation import Options, generate
 from qcompiler.history import Step
 from qcompiler.indices import check_indices
 from qcompiler.io import as_call
@@ -87,6 +88,16 @@ class Compiled:
         with torch.no_grad():
             return io.restore(self.artifact.run(io.flatten(args, kwargs)))
 
+    def generate(self, input_ids: Tensor, **options: Unpack[Options]) -> Tensor:
+        """`input_ids` (batch, tokens) and what the model writes behind them, at most `count` tokens
+        (see `generation.generate`). It must have been compiled with `cache=True`."""
+        written = list(self.stream(input_ids, **options))
+        return torch.cat([input_ids, torch.stack(written, 1)], 1)
+
+    def stream(self, input_ids: Tensor, **options: Unpack[Options]) -> Iterator[Tensor]:
+        """The tokens that `generate` returns, (batch,) at a time, as they are written."""
+        return generate(self, self.program.io, input_ids, **options)
+
     def module(self) -> torch.fx.GraphModule:
         """The artifact as a torch module, which `torch.compile` and `torch.export` take.
 
@@ -123,6 +134,7 @@ def compile(
     backend: str | Backend = "cpu",
     data: Batches | None = None,
     dynamic: Dynamic = None,
+    cache: bool = False,
     watch: Watcher | None = None,
     work: str | Path | None = None,
 ) -> Compiled:
@@ -131,9 +143,10 @@ def compile(
     Give a `recipe` (name or TOML file) or `passes` (text or a sequence); neither is
     `w8a8-dynamic-smooth`. `data` are batches for passes that calibrate; without them random inputs
     serve and the step says so. `plan` is a file of `qcompiler plan`, or one written by hand: it
-    takes the place of the recipe's `assign`. `watch` is told about progress. `work` is a folder for
-    what long work has come to: a call that was killed, made again, goes on from there; it is
-    removed at the end.
+    takes the place of the recipe's `assign`. `cache` makes an argument of a language model's cache,
+    for `Compiled.generate`; data may leave it out. `watch` is told about progress. `work` is a
+    folder for what long work has come to: a call that was killed, made again, goes on from there;
+    it is removed at the end.
     """
     if recipe is not None and passes is not None:
         raise BadInput("give a recipe or passes, not both")
@@ -149,7 +162,7 @@ def compile(
         pipeline = with_plan(pipeline, Path(plan), target)
     keep = None if work is None else Keep.open(Path(work))
     batches = data if data is None or data == "synthetic" else _listed(data)
-    program, source, example = open_model(model, example_inputs, dynamic=dynamic)
+    program, source, example = open_model(model, example_inputs, dynamic=dynamic, cache=cache)
     flat = _flatten(program, example, "example_inputs") if example is not None else None
     ready = calibration(program, batches, _made(watch, len(pipeline)))
     feed = None if ready is None else lambda: ready

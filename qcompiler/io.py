@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ class Signature:
         """Python arguments → flat inputs in port order, checked against the ports.
 
         Arguments may be given by position or by name, whichever way the model was captured;
-        constants that were baked in may be left out.
+        constants that were baked in may be left out, and what may be empty, which then is.
         """
         flat = self._arrange(args, dict(kwargs))
         sizes: dict[str, int] = {}
@@ -96,6 +98,7 @@ class Signature:
         captured_args, captured_kwargs = self.in_spec.children()
         keys = list(captured_kwargs.context)
         count = captured_args.num_children
+        kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in self.optional}
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if len(args) > len(self.names):
             raise BadInput(
@@ -103,12 +106,13 @@ class Signature:
             )
         wanted = [*self.names[:count], *keys]
         baked = {p.name: p.constant for p in self.ports if not p.is_tensor}
-        missing = [n for n in wanted if n not in given and n not in baked]
+        left_out = [n for n in wanted if n not in given and n not in baked]
+        missing = [n for n in left_out if n not in self.optional]
         extra = [n for n in given if n not in wanted and given[n] is not None]
         if missing or extra:
             found = ", ".join(given) or "nothing"
             raise BadInput(f"the program takes {self._expects()}; found {found}")
-        given = baked | given
+        given = baked | given | {n: self._nothing(n, given) for n in left_out}
         tree = (
             tuple(given[n] for n in self.names[:count]),
             {k: given[k] for k in keys},
@@ -117,6 +121,38 @@ class Signature:
         if spec != self.in_spec:
             raise BadInput(f"the program takes {self._expects()}; found another nesting of inputs")
         return flat
+
+    @cached_property
+    def _arguments(self) -> Mapping[str, tuple[pytree.TreeSpec, tuple[Port, ...]]]:
+        """The structure of each argument, and its ports."""
+        args, kwargs = self.in_spec.children()
+        specs = [*zip(self.names, args.children(), strict=False)]
+        specs += zip(kwargs.context, kwargs.children(), strict=True)
+        ports = iter(self.ports)
+        return {n: (spec, tuple(islice(ports, spec.num_leaves))) for n, spec in specs}
+
+    @cached_property
+    def optional(self) -> frozenset[str]:
+        """Arguments that may be left out, since each of their tensors may be empty."""
+        empty = {d for d, (low, _) in self.dims.items() if low == 0}
+        found = self._arguments.items()
+        return frozenset(
+            n for n, (_, ports) in found if ports and all(empty & {*p.shape} for p in ports)
+        )
+
+    def _nothing(self, name: str, given: Mapping[str, object]) -> object:
+        """Empty tensors for an argument; other sizes are those of what is given."""
+        sizes = {d: low for d, (low, _) in self.dims.items()}
+        for other in given.keys() & self._arguments.keys():
+            leaves = pytree.tree_leaves(given[other])
+            for port, leaf in zip(self._arguments[other][1], leaves, strict=False):
+                shape = leaf.shape if isinstance(leaf, Tensor) else ()
+                found = zip(port.shape, shape, strict=False)
+                sizes |= {d: n for d, n in found if isinstance(d, str) and sizes[d]}
+        spec, ports = self._arguments[name]
+        shapes = ([sizes[d] if isinstance(d, str) else d for d in p.shape] for p in ports)
+        tensors = [torch.empty(s, dtype=p.dtype) for s, p in zip(shapes, ports, strict=True)]
+        return pytree.tree_unflatten(tensors, spec)
 
     def _expects(self) -> str:
         return "(" + ", ".join(str(p) for p in self.tensors) + ")"

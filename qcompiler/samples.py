@@ -50,10 +50,10 @@ def synthetic_data(io: Signature, batches: int = 8) -> Iterator[Flat]:
         yield random_inputs(io, 100 + seed, sizes_for(io, batch=4, sequence=64))
 
 
-def sizes_for(io: Signature, batch: int, sequence: int) -> dict[str, int]:
-    """Sizes of the dynamic dimensions that are called a batch or a sequence, in whatever form
-    (`batch_size`, `encoder_sequence_length`): files have names of their own."""
-    wanted = {"batch": batch, "seq": sequence}
+def sizes_for(io: Signature, batch: int, sequence: int, past: int = 0) -> dict[str, int]:
+    """Sizes of the dynamic dimensions that are called a batch, a sequence or a past, in whatever
+    form (`batch_size`, `encoder_sequence_length`): files have names of their own."""
+    wanted = {"batch": batch, "seq": sequence, "past": past}
     return {d: size for d in io.dims for word, size in wanted.items() if word in d.lower()}
 
 

@@ -23,11 +23,12 @@ from torch import Tensor, fx
 
 from qcompiler.backend import ProgramArtifact
 from qcompiler.backends.cpu import convolution, generated
+from qcompiler.backends.cpu.append import APPEND, append
 from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.conv_calls import MeanCall
 from qcompiler.backends.cpu.executor_conv import CONV, Convolutions, placed
-from qcompiler.backends.cpu.fixed import Repeated, fixed, shapes, varies
+from qcompiler.backends.cpu.fixed import Open, Repeated, fixed, symbols
 from qcompiler.backends.cpu.fuse_conv import anyhow
 from qcompiler.errors import BadInput
 from qcompiler.program import Program
@@ -43,6 +44,7 @@ DIRECT: dict[object, object] = {
     ATTEND: generated.attend,
     CONV: convolution.conv,
     MEAN: convolution.mean,
+    APPEND: append,
 }
 """Operators that are Python functions."""
 VIEWS = {
@@ -69,7 +71,9 @@ class CpuArtifact(ProgramArtifact):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self._own = threading.local()
-        self._varies = varies(program)
+        self._open = Open(program)
+        self._worth: dict[frozenset[object], bool] = {}
+        """Symbols left open → whether any product is settled then."""
 
     def __getstate__(self) -> dict[str, object]:
         return {"program": self.program}  # memory is made anew
@@ -83,20 +87,30 @@ class CpuArtifact(ProgramArtifact):
         if settled is None or settled.threads != threads:
             settled = self._own.settled = Settled(self.program, threads)
             self._own.fixed = Repeated[Settled]()
-        if self._varies:
+        if self._open:
             settled = self._fixed(inputs) or settled
         with torch.no_grad():
             return tuple(settled.run(*inputs))
 
     def _fixed(self, inputs: Flat) -> Settled | None:
-        """What has been settled for inputs of these shapes."""
+        """What has been settled for inputs of these sizes."""
         known: Repeated[Settled] = self._own.fixed
-        key = shapes(inputs)
-        found = known.get(key)
-        if found is None and known.due(key):
-            found = Settled(fixed(self.program, inputs), torch.get_num_threads())
-            known.put(key, found)
-        return found
+        sizes = self._open.sizes(inputs)
+        pattern = known.due(sizes)
+        if pattern is not None:
+            varying = self._open.varying(pattern)
+            if self._settles(varying):
+                made = fixed(self.program, inputs, varying)
+                known.put(pattern, Settled(made, torch.get_num_threads()))
+        return known.get(sizes)
+
+    def _settles(self, varying: frozenset[object]) -> bool:
+        """Whether any product is settled while sizes of `varying` are open."""
+        if varying not in self._worth:
+            products = (n for n in self.program.graph.nodes if n.target in (LINEAR, CONV))
+            open_ = (symbols(n.meta["val"]) for n in products)
+            self._worth[varying] = any(map(varying.isdisjoint, open_))
+        return self._worth[varying]
 
 
 @dataclass

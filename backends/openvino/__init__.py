@@ -21,7 +21,7 @@ from qcompiler.sites import Site
 
 aten = torch.ops.aten
 CAPABILITIES = tuple(
-    Capability(kernel, op, "*", "*", 1e-5, "whichever kernels OpenVINO takes for the formats")
+    Capability(kernel, op, "*", "*", 1e-5, "whichever OpenVINO takes for the formats", flips=True)
     for kernel, op in (("MatMul", "linear"), ("Convolution", "conv"), ("Gather", "embedding"))
 )
 BY_ROWS = {aten.linear.default, aten.reshape.default}

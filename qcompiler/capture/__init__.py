@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from qcompiler.capture.cached import AXES, cached, check_cached
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.module import export_module
 from qcompiler.errors import BadInput
@@ -39,6 +41,12 @@ class Source:
     """`module`, `exported`, `folder`, `pt2`, `onnx` or `factory`."""
     place: str = ""
     """Absolute path, or `module:factory`; empty for objects handed over in Python."""
+    cache: bool = False
+    """Whether the model's cache was made an argument."""
+
+    def open(self) -> Program:
+        """The float program again."""
+        return open_model(self.place, cache=self.cache)[0]
 
 
 def capture(
@@ -46,6 +54,7 @@ def capture(
     example_inputs: object = None,
     *,
     dynamic: Dynamic = None,
+    cache: bool = False,
 ) -> Program:
     """Capture `model` as a `Program`, without changing it; the tensors are shared, not copied.
 
@@ -56,18 +65,25 @@ def capture(
     the model allows it; False keeps the example's sizes; a mapping such as
     `{"input_ids": {0: "batch", 1: "sequence"}}` says it exactly, and a dimension that the model
     then fixes is an error.
+
+    `cache` makes an argument of a language model's cache (see `cached.py`), so that what is
+    compiled can `generate`; its batch, tokens and past are then dynamic.
     """
-    return open_model(model, example_inputs, dynamic=dynamic)[0]
+    return open_model(model, example_inputs, dynamic=dynamic, cache=cache)[0]
 
 
 def open_model(
-    model: Model, example_inputs: object = None, *, dynamic: Dynamic = None
+    model: Model, example_inputs: object = None, *, dynamic: Dynamic = None, cache: bool = False
 ) -> tuple[Program, Source, object]:
     """Like `capture`, and also tell the source and the example inputs that were used."""
+    if cache and dynamic is not None:
+        raise BadInput(
+            "with cache=True the batch, the tokens and the past are dynamic; leave out `dynamic`"
+        )
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
             raise BadInput("a torch module needs example_inputs: a tensor, a tuple or a mapping")
-        return export_module(model, example_inputs, dynamic), Source("module"), example_inputs
+        return _export(model, Source("module", cache=cache), example_inputs, dynamic)
     if isinstance(model, torch.export.ExportedProgram):
         return from_exported(model), Source("exported"), _example_of(model, example_inputs)
     path = Path(model)
@@ -76,22 +92,38 @@ def open_model(
 
         module, own = load_folder(path)
         example = own if example_inputs is None else example_inputs
-        source = Source("folder", str(path.resolve()))
-        return export_module(module, example, dynamic), source, example
+        source = Source("folder", str(path.resolve()), cache)
+        return _export(module, source, example, dynamic)
+    if ":" in str(model) and not path.exists():
+        made, given = _load_factory(str(model), example_inputs)
+        return _export(made, Source("factory", str(model), cache), given, dynamic)
+    if cache and path.exists():
+        raise BadInput(
+            f"{path} is a graph already; a cache becomes an argument as a folder or a "
+            "module is captured"
+        )
     if path.suffix == ".pt2":
         exported = _load_pt2(path)
         source = Source("pt2", str(path.resolve()))
         return from_exported(exported), source, _example_of(exported, example_inputs)
     if path.suffix == ".onnx":
         return _open_onnx(path, example_inputs, dynamic)
-    if ":" in str(model) and not path.exists():
-        made, given = _load_factory(str(model), example_inputs)
-        return export_module(made, given, dynamic), Source("factory", str(model)), given
     raise BadInput(
         f"{str(model)!r} is no model: expected a folder with config.json and safetensors, a .pt2 "
         "or .onnx file, or module:factory"
         + ("" if path.exists() else "; nothing exists at that path")
     )
+
+
+def _export(
+    module: torch.nn.Module, source: Source, example: object, dynamic: Dynamic
+) -> tuple[Program, Source, object]:
+    around = cached(module, example) if source.cache else nullcontext(example)
+    with around as inputs:
+        program = export_module(module, inputs, AXES if source.cache else dynamic)
+    if source.cache:
+        check_cached(program.io, module)
+    return program, source, inputs
 
 
 def _open_onnx(

@@ -6,7 +6,8 @@ The raw exported graph is kept, not a decomposed one: it is the level of `linear
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +28,7 @@ from qcompiler.errors import BadInput
 from qcompiler.history import Step
 from qcompiler.io import Port, Signature
 from qcompiler.program import Program, Tag, op_name
+from qcompiler.states import begin_empty
 
 ASSERTIONS = {
     torch.ops.aten._assert_tensor_metadata.default,
@@ -43,11 +45,13 @@ def from_exported(
     note: str = "",
     params: Mapping[str, str] | None = None,
     scope_key: str = "",
+    axes: Sequence[Mapping[int, str]] = (),
 ) -> Program:
     """Turn `exported` into a `Program`; its tensors are shared, its graph is copied.
 
     `names` are the positional parameters of the source's forward, `params` the source's own names
     of parameters. A node's scope is its module path, or what `meta["custom"][scope_key]` says.
+    `axes` are the names that the source has for axes, of each flat input.
     """
     exported = functionalize(exported)
     graph, _ = copy_graph(exported.graph)
@@ -66,9 +70,10 @@ def from_exported(
         graph=graph,
         params={name: tensors[name] for name in slots.values()},
         slots=slots,
-        io=_signature(exported, copies, names),
+        io=_signature(exported, copies, names, axes),
         counters=counters,
     )
+    program = begin_empty(program)
     after = diff.snapshot(program)
     step = Step("capture", "capture", None, diff.Diff(), after, notes=(note,) if note else ())
     return replace(program, history=(step,))
@@ -136,6 +141,7 @@ def _signature(
     exported: torch.export.ExportedProgram,
     copies: dict[str, fx.Node],
     names: tuple[str, ...],
+    axes: Sequence[Mapping[int, str]],
 ) -> Signature:
     symbols: dict[str, str] = {}
     ranges = {str(s): r for s, r in exported.range_constraints.items()}
@@ -149,7 +155,8 @@ def _signature(
         if isinstance(argument, SymIntArgument) or not isinstance(argument, TensorArgument):
             raise BadInput(f"input {argument.name!r} is no tensor; expected tensors or constants")
         value = copies[argument.name].meta["val"]
-        shape = tuple(_dim(s, axis, symbols) for axis, s in enumerate(value.shape))
+        named = axes[index] if axes else {}
+        shape = tuple(_dim(s, axis, symbols, named) for axis, s in enumerate(value.shape))
         sample = example[index] if index < len(example) else None
         low, high = (0.0, 1.0)
         if isinstance(sample, Tensor) and sample.numel():
@@ -173,13 +180,17 @@ def _names(in_spec: pytree.TreeSpec, ports: list[Port]) -> tuple[str, ...]:
     return tuple(p.name for p in ports[: in_spec.children()[0].num_leaves])
 
 
-def _dim(size: int | torch.SymInt, axis: int, symbols: dict[str, str]) -> int | str:
-    """A fixed size, or a readable name: the first dynamic axis 0 is `batch`, axis 1 `sequence`."""
+def _dim(
+    size: int | torch.SymInt, axis: int, symbols: dict[str, str], named: Mapping[int, str]
+) -> int | str:
+    """A fixed size, or a readable name: the source's, or for the first dynamic axis 0 `batch`,
+    for axis 1 `sequence`."""
     if isinstance(size, int):
         return size
     symbol = str(size)
     if symbol not in symbols:
-        name = ("batch", "sequence")[axis] if axis < 2 else f"dim{axis}"
-        taken = sum(n.startswith(name) for n in symbols.values())
-        symbols[symbol] = f"{name}{taken + 1}" if taken else name
+        name = named.get(axis) or (("batch", "sequence")[axis] if axis < 2 else f"dim{axis}")
+        numbered = (f"{name}{n}" if n > 1 else name for n in itertools.count(1))
+        taken = set(symbols.values())
+        symbols[symbol] = next(n for n in numbered if n not in taken)
     return symbols[symbol]

@@ -26,8 +26,8 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
         kwargs = _without_cache(module, kwargs)
         call = (args, kwargs)
         if dynamic is not None and dynamic is not True:
-            shapes = _exact_shapes(dynamic, args, kwargs, names)
-            return from_exported(_export(module, call, shapes, named=True), names)
+            shapes, axes = _exact_shapes(dynamic, args, kwargs, names)
+            return from_exported(_export(module, call, shapes, named=True), names, axes=axes)
         wide = pytree.tree_map_only(Tensor, two_or_more, call)
         try:
             program = from_exported(_export(module, wide, dynamic_shapes(wide)), names)
@@ -85,7 +85,8 @@ def _explain(error: Exception) -> str:
 
 def _exact_shapes(
     dynamic: object, args: tuple[object, ...], kwargs: Mapping[str, object], names: tuple[str, ...]
-) -> tuple[object, object]:
+) -> tuple[tuple[object, object], list[Mapping[int, str]]]:
+    """What `torch.export` wants for (args, kwargs), and the names of each flat input's axes."""
     wanted: Mapping[str, Mapping[int, str]] = dynamic if isinstance(dynamic, Mapping) else {}
     given = [*names[: len(args)], *kwargs]
     if unknown := [n for n in wanted if n not in given]:
@@ -98,7 +99,9 @@ def _exact_shapes(
         return pytree.tree_map(lambda v: axes if isinstance(v, Tensor) else None, value)
 
     positional = tuple(shape(n, a) for n, a in zip(names, args, strict=False))
-    return positional, {k: shape(k, v) for k, v in kwargs.items()}
+    values = [*zip(names, args, strict=False), *kwargs.items()]
+    axes = [wanted.get(name, {}) for name, value in values for _ in pytree.tree_leaves(value)]
+    return (positional, {k: shape(k, v) for k, v in kwargs.items()}), axes
 
 
 def _forward_names(module: torch.nn.Module) -> tuple[str, ...]:

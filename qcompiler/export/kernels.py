@@ -161,7 +161,7 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor | No
     """
     q = q.float()
     if zero is not None:
-        q = q - _spread(zero, group).float()
+        q = q - _spread(zero.float(), group)  # as numbers: ONNX gathers no integers of 4 bits
     return q * _spread(scale, group)
 
 

@@ -1,10 +1,10 @@
 """One trial: a subject in one scheme, as one kernel of a backend runs it, beside the reference.
 
-    ‖ artifact(x) - program(x) ‖ / ‖ program(x) ‖  ≤  the claim's tolerance        on every input
+    ‖ artifact(x) - program(x) ‖  ≤  the claim's tolerance · the output's size        on every input
 
-In bfloat16 the reference is the program computed in float32, and the artifact may be off by what
-the program itself is off in bfloat16 besides. Every result must be the same, to the last bit, on a
-second call, after other calls, on another number of threads, and saved and loaded again.
+`wanted.py` says what that size is, and what is no error: in bfloat16 what the program itself is off
+float32, for one. Every result must be the same, to the last bit, on a second call, after other
+calls, on another number of threads, and saved and loaded again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from qcompiler.formats import Scheme
 from qcompiler.pipeline import run_pipeline
 from qcompiler.program import Program
 from qcompiler.registry import make_passes
-from qcompiler.run import evaluate_wide
 from qcompiler.samples import Flat
 from qcompiler.sites import Site, sites
 from qcompiler.testing.report import Case
 from qcompiler.testing.subjects import Subject
+from qcompiler.testing.wanted import Wanted, wanted
 
 QUANTIZE = "quantize{budget=1e12}"
 """Zeros and outliers may be off by more than they are large; only what the kernel adds counts."""
@@ -100,8 +100,8 @@ def attempt(subject: Subject, scheme: Scheme, backend: Backend, claim: Capabilit
         cases = [_unserved(built, site.id, name, claim) for site, name in _each(subject, names)]
         if None in cases:
             runs = Runs.of(built, {w: x for w, x in subject.inputs if _defined(program, x)})
-            wanted = {words: _wanted(program, x, subject) for words, x in runs.inputs.items()}
-            judged = [_judge(runs, wanted, at, name, claim) for at, name in enumerate(names)]
+            wants = {w: wanted(program, subject, x, claim.flips) for w, x in runs.inputs.items()}
+            judged = [_judge(runs, wants, at, name, claim) for at, name in enumerate(names)]
             cases = [case or judged[at] for at, case in enumerate(cases)]
     except Exception as error:  # whatever another's code raises is its failure, told by name
         words = f"{type(error).__name__}: {first_line(error)}"
@@ -188,17 +188,9 @@ def _defined(program: Program, x: Flat) -> bool:
     return True
 
 
-def _wanted(program: Program, x: Flat, subject: Subject) -> list[tuple[Tensor, Tensor, float]]:
-    """Of each output: the program's own, the one to compare with, and how far those are apart."""
-    own = program.flat(x)
-    plain = subject.dtype == torch.float32
-    wide = own if plain else evaluate_wide(program, x, dtype=torch.float32)
-    return [(a, b, relative_error(b, a)) for a, b in zip(own, wide, strict=True)]  # type: ignore[misc]
-
-
 def _judge(
     runs: Runs,
-    wanted: Mapping[str, list[tuple[Tensor, Tensor, float]]],
+    wants: Mapping[str, list[Wanted]],
     at: int,
     name: str,
     claim: Capability,
@@ -206,13 +198,13 @@ def _judge(
     """The case of the output `at`, on all inputs."""
     worst = 0.0
     for words, outputs in runs.found.items():
-        own, want, allowed = wanted[words][at]
-        found = outputs[at]
+        want, found = wants[words][at], outputs[at]
+        own = want.own
         if not isinstance(found, Tensor) or (found.dtype, found.shape) != (own.dtype, own.shape):
             what = f"{found.dtype} {[*found.shape]}" if isinstance(found, Tensor) else repr(found)
             wrong = f"returns {what} for {own.dtype} {[*own.shape]} on {words}"
             return Case(name, math.inf, wrong)
-        error = max(0.0, relative_error(want, found) - allowed)
+        error = want.error(found)
         worst = max(worst, error)
         if not error <= claim.tolerance:
             allows = f"(allowed {claim.tolerance:.0e})"

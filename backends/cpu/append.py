@@ -1,0 +1,102 @@
+"""Something appended to what a program carries from call to call, without a copy of the rest.
+
+    cat([past, new], axis)   →   qc_cpu::append(past, new, axis)
+
+The result lies in memory with room behind it. Handed in again as the next call's `past`, only what
+is new is written: in a step of decoding the cache stays where it is. What was returned before is
+never changed: if `past` ends before the room is free (somebody went back, or on from it twice),
+all of it is copied, as `cat` does.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qcompiler.edit import Edit
+from qcompiler.facts import Facts
+from qcompiler.history import Effect
+from qcompiler.passbase import Pass
+from qcompiler.states import states
+
+SHARE, LEAST = 4, 64
+"""Room for a quarter more, and for so many at least."""
+KEY = "qcompiler_room"
+_lock = threading.Lock()
+_library = torch.library.Library("qc_cpu", "FRAGMENT")
+_library.define("append(Tensor past, Tensor new, int axis) -> Tensor")
+
+
+@dataclass
+class _Room:
+    """What is known of memory with room in it; an attribute of the storage itself."""
+
+    stride: tuple[int, ...]
+    used: int
+    size: int
+    """Along the axis, as `used`."""
+
+    def take(self, past: Tensor, axis: int, end: int) -> bool:
+        """Whether `past` fills what is used of it and there is room up to `end`, then taken."""
+        with _lock:
+            mine = past.stride() == self.stride and past.storage_offset() == 0
+            free = mine and past.shape[axis] == self.used and end <= self.size
+            if free:
+                self.used = end
+        return free
+
+
+def append(past: Tensor, new: Tensor, axis: int) -> Tensor:
+    """cat([past, new], axis). It may share memory with `past`, none of which changes."""
+    length = past.shape[axis]
+    shape = [*past.shape]
+    shape[axis] = end = length + new.shape[axis]
+    room: _Room | None = getattr(past.untyped_storage(), KEY, None)
+    if length and room is not None and room.take(past, axis, end):
+        whole = past.as_strided(shape, past.stride())
+    else:
+        wide = [*shape]
+        wide[axis] = end + max(end // SHARE, LEAST)
+        memory = past.new_empty(wide)
+        setattr(memory.untyped_storage(), KEY, _Room(memory.stride(), end, wide[axis]))
+        whole = memory.narrow(axis, 0, end)
+        whole.narrow(axis, 0, length).copy_(past)
+    whole.narrow(axis, length, new.shape[axis]).copy_(new)
+    return whole
+
+
+def _append(past: Tensor, new: Tensor, axis: int) -> Tensor:
+    """An operator of torch must not return what it read."""
+    return torch.cat([past, new], axis)
+
+
+_library.impl("append", _append, "CPU")
+torch.library.register_fake("qc_cpu::append", _append, lib=_library)
+APPEND = torch.ops.qc_cpu.append.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerAppend(Pass):
+    """What inputs grow by, written behind them."""
+
+    name: ClassVar[str] = "cpu_append"
+    effect: ClassVar[Effect] = Effect.LOWER
+
+    exclude: tuple[str, ...] = ()
+    """Ids of nodes to leave as they are."""
+    optional: bool = True
+
+    def tolerance(self, facts: Facts) -> float:
+        return 0.0
+
+    def run(self, edit: Edit, facts: Facts) -> None:
+        for state in states(facts.program):
+            cat = edit.own(state.path[-1])
+            parts: Any = cat.args[0]
+            if len(state.path) == 2 and len(parts) == 2 and parts[0].op == "placeholder":
+                edit.spend("append in place", cat)
+                edit.replace(cat, edit.call(APPEND, *parts, state.axis, like=cat, replaces=[cat]))

@@ -1,0 +1,107 @@
+"""Writing text with a program whose cache is an argument, a token at a time.
+
+    logits, past = program(tokens, past)        next ~ softmax(logits[-1] / temperature)
+
+Sampling as in A. Holtzman et al., "The curious case of neural text degeneration", 2020: of the
+`top_k` likeliest words, those that together have at least the probability `top_p`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from qcompiler.capture.cached import PAST
+from qcompiler.errors import BadInput
+from qcompiler.io import Signature
+
+
+class Options(TypedDict, total=False):
+    """How to write; without any of it, 128 of the likeliest tokens."""
+
+    count: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: Collection[int]
+    seed: int
+
+
+def generate(
+    model: Callable[..., Any],
+    io: Signature,
+    input_ids: Tensor,
+    *,
+    count: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Collection[int] = (),
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Yield the next token of each row of `input_ids` (batch, tokens), as (batch,), `count` times.
+
+    `model` is a compiled one or a program, called with the signature `io`. `temperature` 0 takes
+    the likeliest; else one is drawn, of the `top_k` likeliest (0: of all) that together have the
+    probability `top_p`. It ends early when each row has had a token of `stop`; a row that has goes
+    on with that token.
+    """
+    _check(io, input_ids, count, temperature, top_k, top_p)
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.tensor(sorted(stop), dtype=input_ids.dtype)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool)
+    last, past, tokens = input_ids[:, -1], None, input_ids
+    for _ in range(count):
+        found = model(input_ids=tokens, **{PAST: past})
+        past = found.past_key_values
+        drawn = _next(found.logits[:, -1].float(), temperature, top_k, top_p, generator)
+        last = torch.where(ended, last, drawn)
+        yield last
+        ended = ended | torch.isin(last, ends)
+        if ended.all():
+            return
+        tokens = last[:, None]
+
+
+def _next(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> Tensor:
+    """A word (batch,) for each row of `logits` (batch, words)."""
+    if not temperature:
+        return logits.argmax(-1)
+    likeliest, words = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    weights = (likeliest / temperature).softmax(-1)
+    before = weights.cumsum(-1) - weights
+    weights = weights.masked_fill(before >= top_p, 0.0)  # never the first
+    drawn = torch.multinomial(weights, 1, generator=generator)
+    return words.gather(-1, drawn)[:, 0]
+
+
+def _check(
+    io: Signature, ids: Tensor, count: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    if PAST not in io.optional:
+        raise BadInput(
+            f"the program takes ({', '.join(map(str, io.tensors))}) and no cache, so that it "
+            "cannot go on from one token to the next; compile the model with cache=True (--cache)"
+        )
+    if ids.ndim != 2 or not ids.shape[1] or ids.is_floating_point():
+        raise BadInput(
+            f"input_ids are token ids (batch, tokens), at least one; found {ids.dtype} of shape "
+            f"{[*ids.shape]}"
+        )
+    wrong = [
+        f"{name} {said}; found {value}"
+        for name, value, said, right in (
+            ("count", count, "is 1 or more", count >= 1),
+            ("temperature", temperature, "is 0 or more", temperature >= 0),
+            ("top_k", top_k, "is 0 (all) or more", top_k >= 0),
+            ("top_p", top_p, "is in (0, 1]", 0 < top_p <= 1),
+        )
+        if not right
+    ]
+    if wrong:
+        raise BadInput("; ".join(wrong))

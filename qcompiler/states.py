@@ -1,0 +1,79 @@
+"""What a program carries from one call to the next: inputs that come back longer.
+
+    output = cat([input, new], axis)        keys and values of attention, for one
+
+They are found in the graph. Before the first call there is nothing to carry: such an input may be
+empty along that axis, which `torch.export` would not say (it takes sizes for 2 or more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompiler.program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class State:
+    """An input that grows into an output."""
+
+    path: tuple[fx.Node, ...]
+    """The input, what is made of it by appending, and the last of these, which is an output."""
+    axis: int
+    """Not negative."""
+
+    @property
+    def input(self) -> fx.Node:
+        """Where it begins."""
+        return self.path[0]
+
+
+def states(program: Program) -> Iterator[State]:
+    """Each output that is an input with something appended to it."""
+    inputs = set(program.inputs)
+    for output in program.graph.output_node().all_input_nodes:
+        axis, path = _axis(output), [output]
+        while axis is not None and _axis(path[-1]) == axis:
+            parts: Any = path[-1].args[0]
+            path.append(next((n for n in parts if n in inputs or _axis(n) == axis), parts[0]))
+        if path[-1] in inputs and axis is not None:
+            yield State(tuple(reversed(path)), axis)
+
+
+def _axis(node: fx.Node) -> int | None:
+    """The axis along which it joins tensors, if it does."""
+    if node.target is not aten.cat.default:
+        return None
+    axis: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    ndim: int = node.meta["val"].ndim
+    return int(axis) % ndim
+
+
+def begin_empty(program: Program) -> Program:
+    """The smallest size of each dimension along which nothing but states lie becomes 0."""
+    io = program.io
+    axes = {s.input.name: s.axis for s in states(program) if _only_appended(s)}
+    found = {
+        dim
+        for port in io.tensors
+        if port.name in axes and isinstance(dim := port.shape[axes[port.name]], str)
+    }
+    elsewhere = {dim for p in io.tensors for i, dim in enumerate(p.shape) if axes.get(p.name) != i}
+    dims = dict(io.dims) | {d: (0, io.dims[d][1]) for d in found - elsewhere}
+    return replace(program, io=replace(io, dims=dims))
+
+
+def _only_appended(state: State) -> bool:
+    """Whether its values are read nowhere else: there, nothing might not be welcome."""
+    return all(
+        user in state.path or user.target is aten.sym_size.int
+        for node in state.path[:-1]
+        for user in node.users
+    )

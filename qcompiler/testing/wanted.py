@@ -1,0 +1,131 @@
+"""How far an output may be from the reference's.
+
+    ‖ y - y' ‖  ≤  tolerance · max(‖ y ‖, ‖ |W| |x| + |b| ‖ / √n)  +  what is no error of the kernel
+
+The second size is what a sum of n terms has if their signs are random: where terms cancel further,
+by chance, the last digits of any order of summation are a large share of what is left. No error is
+
+  · in 16 bits, what the program itself is off float32;
+  · what lies below float32's smallest normal number, which processors may take for 0;
+  · where the claim says that its rounding `flips`, what the last digits of x do to the program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.formats import QFormat
+from qcompiler.program import Program
+from qcompiler.run import evaluate_wide
+from qcompiler.samples import Flat
+from qcompiler.testing.subjects import Subject
+
+SMALLEST = torch.finfo(torch.float32).tiny
+DIGITS = 2.0**-21
+"""Share of a range that scaling, rounding and scaling back lose in float32: a few last digits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What one output is held against."""
+
+    own: Tensor
+    """The program's own."""
+    value: Tensor
+    """The one to compare with."""
+    size: float
+    """What errors are a share of."""
+    allowed: float
+    """The size of what is no error."""
+
+    def error(self, found: Tensor) -> float:
+        """Relative error of an output."""
+        gap = max(0.0, _apart(self.value, found) - self.allowed)
+        return gap / self.size if gap and self.size else math.inf if gap else 0.0
+
+
+def wanted(program: Program, subject: Subject, x: Flat, flips: bool) -> list[Wanted]:
+    """Of each output of a quantized `subject` on `x`."""
+    own = program.flat(x)
+    plain = subject.dtype == torch.float32
+    values = own if plain else evaluate_wide(program, x, dtype=torch.float32)
+    # The rows of a table are no sums.
+    many = 1 if subject.shape.op == "embedding" else math.prod(subject.shape.weight[1:])
+    usual = [_norm(t) / math.sqrt(many) for t in _terms(subject, x)]
+    lost = _lost(program, subject, x, _tensors(own)) if flips else [0.0] * len(own)
+    return [
+        Wanted(a, b, max(_norm(b), u), _apart(b, a) + SMALLEST * math.sqrt(b.numel()) + e)
+        for a, b, u, e in zip(_tensors(own), _tensors(values), usual, lost, strict=True)
+    ]
+
+
+def _terms(subject: Subject, x: Flat, bias: bool = True) -> list[Tensor]:
+    """|W| |x| + |b| of each output."""
+    parts = {name: p.abs() for name, p in subject.program.params.items()}
+    if not bias:
+        parts = {n: torch.zeros_like(p) if n.endswith("bias") else p for n, p in parts.items()}
+    return _tensors(replace(subject.program, params=parts).flat(_each(x, Tensor.abs)))
+
+
+def _lost(program: Program, subject: Subject, x: Flat, own: list[Tensor]) -> list[float]:
+    """The codes that a last digit turns the other way, up and down, and those digits themselves."""
+    sides = [_Shifted(program, side) for side in (1, -1)]
+    moved = [side.values(x) for side in sides]
+    digit = max(side.digit for side in sides)
+    digits = _terms(subject, _each(x, lambda v: torch.full_like(v, digit)), bias=False)
+    return [
+        _norm(d) + sum(_apart(a, b) for b in both)
+        for d, a, both in zip(digits, own, zip(*moved, strict=True), strict=True)
+    ]
+
+
+class _Shifted(fx.Interpreter):
+    """The program with its activations a few last digits of their range off, as they are rounded;
+    scales that come of them are what they were."""
+
+    def __init__(self, program: Program, side: int) -> None:
+        super().__init__(program.function)  # type: ignore[arg-type]
+        self.program, self.side, self.digit = program, side, 0.0
+
+    def values(self, x: Flat) -> list[Tensor]:
+        """The outputs."""
+        params = [self.program.params[name] for name in self.program.slots.values()]
+        with torch.no_grad():
+            return _tensors(tuple(self.run(*params, *x)))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not torch.ops.qc.fake_quantize.default:
+            return super().call_function(target, args, kwargs)
+        x, format, scale, zero = (*args, None, None)[:4]
+        if scale is None:
+            scale, zero = torch.ops.qc.dynamic_scale(x, format)
+        step = float(scale.max()) if scale.numel() else 0.0
+        digit = DIGITS * step * 2.0 ** QFormat.parse(format).bits
+        self.digit = max(self.digit, digit)
+        return target(x + self.side * digit, format, scale, zero)
+
+
+def _each(x: Flat, change: Callable[[Tensor], Tensor]) -> Flat:
+    return tuple(change(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in x)
+
+
+def _tensors(values: tuple[object, ...]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """‖a - b‖; places where both are the same NaN or infinity count as equal."""
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = _norm(torch.where(same, 0.0, a - b))
+    return math.inf if math.isnan(gap) else gap
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.double()))
