@@ -29,6 +29,7 @@ BUILT_IN = {
         "quantize": "qcompiler.passes.quantize:Quantize",
         "unquantize": "qcompiler.passes.unquantize:Unquantize",
         "use_plan": "qcompiler.passes.use_plan:UsePlan",
+        "round_cache": "qcompiler.passes.round_cache:RoundCache",
         "untie": "qcompiler.passes.untie:Untie",
         "absorb_norms": "qcompiler.passes.absorb_norms:AbsorbNorms",
         "center": "qcompiler.passes.center:Center",

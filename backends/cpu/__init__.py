@@ -86,7 +86,7 @@ def _fused(left: tuple[str, ...]) -> tuple[Pass, ...]:
     """What fewer and larger calls are made by."""
     if not GENERATED:
         return ()
-    from qcompiler.backends.cpu import append, fuse, fuse_conv
+    from qcompiler.backends.cpu import fuse, fuse_conv, lower_append
 
     passes = (
         fuse_conv.FuseConv,
@@ -97,7 +97,7 @@ def _fused(left: tuple[str, ...]) -> tuple[Pass, ...]:
         fuse.FuseResidual,
         fuse.LowerRope,
         fuse.LowerAttention,
-        append.LowerAppend,
+        lower_append.LowerAppend,
     )
     return tuple(cls(exclude=left) for cls in passes)
 

@@ -1,6 +1,6 @@
 """Something appended to what a program carries from call to call, without a copy of the rest.
 
-    cat([past, new], axis)   →   qc_cpu::append(past, new, axis)
+    cat([past, new], axis)            →   qc_cpu::append(past, new, axis)
 
 The result lies in memory with room behind it. Handed in again as the next call's `past`, only what
 is new is written: in a step of decoding the cache stays where it is. What was returned before is
@@ -12,16 +12,9 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-from qcompiler.edit import Edit
-from qcompiler.facts import Facts
-from qcompiler.history import Effect
-from qcompiler.passbase import Pass
-from qcompiler.states import states
 
 SHARE, LEAST = 4, 64
 """Room for a quarter more, and for so many at least."""
@@ -52,6 +45,8 @@ class _Room:
 
 def append(past: Tensor, new: Tensor, axis: int) -> Tensor:
     """cat([past, new], axis). It may share memory with `past`, none of which changes."""
+    if type(past) is not Tensor:  # what only looks like one has no memory to grow in
+        return torch.cat([past, new], axis)
     length = past.shape[axis]
     shape = [*past.shape]
     shape[axis] = end = length + new.shape[axis]
@@ -77,26 +72,3 @@ def _append(past: Tensor, new: Tensor, axis: int) -> Tensor:
 _library.impl("append", _append, "CPU")
 torch.library.register_fake("qc_cpu::append", _append, lib=_library)
 APPEND = torch.ops.qc_cpu.append.default
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowerAppend(Pass):
-    """What inputs grow by, written behind them."""
-
-    name: ClassVar[str] = "cpu_append"
-    effect: ClassVar[Effect] = Effect.LOWER
-
-    exclude: tuple[str, ...] = ()
-    """Ids of nodes to leave as they are."""
-    optional: bool = True
-
-    def tolerance(self, facts: Facts) -> float:
-        return 0.0
-
-    def run(self, edit: Edit, facts: Facts) -> None:
-        for state in states(facts.program):
-            cat = edit.own(state.path[-1])
-            parts: Any = cat.args[0]
-            if len(state.path) == 2 and len(parts) == 2 and parts[0].op == "placeholder":
-                edit.spend("append in place", cat)
-                edit.replace(cat, edit.call(APPEND, *parts, state.axis, like=cat, replaces=[cat]))

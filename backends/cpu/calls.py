@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.cpu.codegen import layout
-from qcompiler.backends.cpu.codegen.attention import attention
+from qcompiler.backends.cpu.codegen.attention import attention, heads_at_once
 from qcompiler.backends.cpu.codegen.before import Before, spare_bytes
 from qcompiler.backends.cpu.codegen.dots import in_16_bits
 from qcompiler.backends.cpu.codegen.frame import Kernel
@@ -194,7 +194,8 @@ class RopeCall:
 
 class AttendCall:
     """y = softmax(q Kᵀ scale) V, of float32 (batch, heads, tokens, d) whose heads have whole
-    vectors; `mask` is bool and broadcasts to (batch, heads, tokens, keys)."""
+    vectors; `mask` is bool and broadcasts to (batch, heads, tokens, keys). With `scales` (batch,
+    heads, tokens) k and v are int8."""
 
     def __init__(
         self,
@@ -205,18 +206,21 @@ class AttendCall:
         mask: Tensor | None,
         scale: float,
         scratch: Callable[[int], int],
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         isa = host()
         batch, heads, tokens, width = q.shape
         past = k.shape[2]
         seen = q if mask is None else mask.expand(batch, heads, tokens, past)
-        parts = [p if p.stride(-1) == 1 else p.contiguous() for p in (y, q, k, v, seen)]
+        more = (q, q) if scales is None else (s.unsqueeze(-1) for s in scales)
+        parts = [p if p.stride(-1) == 1 else p.contiguous() for p in (y, q, k, v, seen, *more)]
         factor = torch.tensor([scale])
         threads = torch.get_num_threads() if batch * heads * past * width > ALONE else 1
-        work = scratch(4 * threads * (past + isa.lanes))
+        together = heads_at_once(heads // k.shape[1])
+        work = scratch(4 * threads * together * (past + isa.lanes))
         self._held = (*parts, factor)
         strides = [n * p.element_size() for p in parts for n in p.stride()[:-1]]
-        self._run = attention(isa, width, mask is not None).bound(
+        self._run = attention(isa, width, mask is not None, scales is not None, together).bound(
             *(p.data_ptr() for p in (*parts, factor)), work,
             batch, heads, tokens, past, heads // k.shape[1], *strides, threads,
         )  # fmt: skip

@@ -25,6 +25,7 @@ from qcompiler.backend import ProgramArtifact
 from qcompiler.backends.cpu import convolution, generated
 from qcompiler.backends.cpu.append import APPEND, append
 from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
+from qcompiler.backends.cpu.coded import APPEND_ROWS, append_rows
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.conv_calls import MeanCall
 from qcompiler.backends.cpu.executor_conv import CONV, Convolutions, placed
@@ -45,6 +46,7 @@ DIRECT: dict[object, object] = {
     CONV: convolution.conv,
     MEAN: convolution.mean,
     APPEND: append,
+    APPEND_ROWS: append_rows,
 }
 """Operators that are Python functions."""
 VIEWS = {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.cpu.calls import AttendCall, LinearCall, RopeCall, group_of, scratch
+from qcompiler.backends.cpu.coded import Coded, numbers
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.formats import QFormat, QTensor
@@ -171,7 +172,10 @@ def attend(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=heads != k.shape[1]
         )
     y = torch.empty(batch, tokens, heads, width).transpose(1, 2)
-    AttendCall(q, k, v, y, mask, scale, scratch)()
+    if isinstance(k, Coded) and isinstance(v, Coded):
+        AttendCall(q, k.codes, v.codes, y, mask, scale, scratch, (k.scales, v.scales))()
+    else:
+        AttendCall(q, numbers(k), numbers(v), y, mask, scale, scratch)()
     return y
 
 
