@@ -78,6 +78,7 @@ def main() -> None:
 @click.option(
     "--cache", is_flag=True, help="A language model with its cache as an argument, for `generate`."
 )
+@click.option("--cache-format", help="Round what the cache keeps, as to int8; implies --cache.")
 @with_data
 @click.option(
     "--work",
@@ -94,6 +95,7 @@ def compile_(
     plan: Path | None,
     backend: str,
     cache: bool,
+    cache_format: str | None,
     data: Path | None,
     batches: int,
     work: Path | None,
@@ -114,8 +116,8 @@ def compile_(
         err.print(f"going on from what a run before has left in {work}", highlight=False)
     with progress(json_) as watch:
         compiled = compile_model(
-            model, passes=passes, plan=plan, backend=backend, data=feed, cache=cache, watch=watch,
-            work=work,
+            model, passes=passes, plan=plan, backend=backend, data=feed,
+            cache=cache_format or cache, watch=watch, work=work,
         )  # fmt: skip
     compiled.save(output)
     if json_:

@@ -134,7 +134,7 @@ def compile(
     backend: str | Backend = "cpu",
     data: Batches | None = None,
     dynamic: Dynamic = None,
-    cache: bool = False,
+    cache: bool | str = False,
     watch: Watcher | None = None,
     work: str | Path | None = None,
 ) -> Compiled:
@@ -144,9 +144,10 @@ def compile(
     `w8a8-dynamic-smooth`. `data` are batches for passes that calibrate; without them random inputs
     serve and the step says so. `plan` is a file of `qcompiler plan`, or one written by hand: it
     takes the place of the recipe's `assign`. `cache` makes an argument of a language model's cache,
-    for `Compiled.generate`; data may leave it out. `watch` is told about progress. `work` is a
-    folder for what long work has come to: a call that was killed, made again, goes on from there;
-    it is removed at the end.
+    for `Compiled.generate`; data may leave it out. A format for it (`int8`) rounds what is kept
+    (see the pass `round_cache`). `watch` is told about progress. `work` is a folder for what long
+    work has come to: a call that was killed, made again, goes on from there; it is removed at the
+    end.
     """
     if recipe is not None and passes is not None:
         raise BadInput("give a recipe or passes, not both")
@@ -160,9 +161,12 @@ def compile(
     target = get_backend(backend) if isinstance(backend, str) else backend
     if plan is not None:
         pipeline = with_plan(pipeline, Path(plan), target)
+    if isinstance(cache, str):
+        format = cache if ":" in cache else f"{cache}:token:dynamic"
+        pipeline = (*pipeline, *make_passes((PassSpec("round_cache", {"format": format}),)))
     keep = None if work is None else Keep.open(Path(work))
     batches = data if data is None or data == "synthetic" else _listed(data)
-    program, source, example = open_model(model, example_inputs, dynamic=dynamic, cache=cache)
+    program, source, example = open_model(model, example_inputs, dynamic=dynamic, cache=bool(cache))
     flat = _flatten(program, example, "example_inputs") if example is not None else None
     ready = calibration(program, batches, _made(watch, len(pipeline)))
     feed = None if ready is None else lambda: ready

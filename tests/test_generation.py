@@ -224,8 +224,11 @@ def test_commands_know_the_cache(folder: Path, tmp_path: Path) -> None:
 
 def test_the_command_line_compiles_with_a_cache(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    made = run("compile", MODEL, "-o", out, "--passes", "canonicalize", "--cache", "--json")
-    assert json.loads(made.stdout)["backend"] == "cpu"
+    made = run(
+        "compile", MODEL, "-o", out, "--passes", "canonicalize", "--cache-format", "int8", "--json"
+    )
+    steps = json.loads(made.stdout)["steps"]
+    assert [s["pass"].partition("{")[0] for s in steps] == ["canonicalize", "round_cache"]
     assert qcompiler.load(out).program.io.optional == {"past_key_values"}
     (out / "qcompiler.json").write_text(
         (out / "qcompiler.json").read_text().replace(str(MODEL), str(tmp_path / "gone"))

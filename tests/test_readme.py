@@ -53,5 +53,9 @@ def test_the_front_door(tmp_path: Path) -> None:
     assert names["logits"].shape[:2] == (1, 6)
     again = qcompiler.load(tmp_path / "out")
     assert torch.equal(again(input_ids=names["ids"]).logits, names["logits"])
+    code = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "writer = " in b)
+    exec(code.replace('"examples/tiny_llama/model"', repr(tiny)), names)
+    assert names["ids"].shape == (1, 46)
+    assert names["out"].past_key_values[0][0].shape[2] == 47
     for command in re.findall(r"^    \.venv/bin/qcompiler ([\w-]+)", README, re.M):
         assert command in qcompiler.cli.main.commands

@@ -16,6 +16,7 @@ from qcompiler.backends.cpu.calls import AttendCall, LinearCall, RopeCall, group
 from qcompiler.backends.cpu.coded import Coded, numbers
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.isa import host
+from qcompiler.backends.cpu.prompt import attend_many
 from qcompiler.formats import QFormat, QTensor
 from qcompiler.formats.grid import spread
 
@@ -168,9 +169,7 @@ def attend(
     plain = not causal and (mask is None or mask.dtype == torch.bool)
     plain = plain and all(p.dtype == torch.float32 and p.shape[0] == batch for p in (q, k, v))
     if tokens > FEW or not plain or width % host().lanes or not k.shape[2]:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=heads != k.shape[1]
-        )
+        return attend_many(q, numbers(k), numbers(v), mask, scale, causal)
     y = torch.empty(batch, tokens, heads, width).transpose(1, 2)
     if isinstance(k, Coded) and isinstance(v, Coded):
         AttendCall(q, k.codes, v.codes, y, mask, scale, scratch, (k.scales, v.scales))()

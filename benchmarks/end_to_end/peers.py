@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,27 +93,31 @@ def openvino(how: str) -> Maker:
 GGUF = {"Q4_0": "int4:group32:mirrored", "Q8_0": "int8:group32"}
 
 
+def gguf_file(model: Any, kind: str, folder: Path) -> Path:
+    """What `export --format gguf` writes of a model, all layers in one type."""
+    import qcompiler
+    from qcompiler.backends.checkpoint.gguf import GgufBackend
+
+    source, path = folder / "model", folder / "model.gguf"
+    model.save_pretrained(source)
+    weight = f"{GGUF[kind]}:scale(fp16)"
+    passes = f"canonicalize{{optional=true}},assign{{weight={weight} head={weight}}},quantize"
+    made = qcompiler.compile(source, passes=passes, backend="gguf")
+    GgufBackend().write(made.program, source, path)
+    return path
+
+
 def llama_cpp(kind: str) -> Maker:
-    """llama.cpp on the file that `export --format gguf` writes, all layers in one type, its cache
-    in float32. A step of decoding is behind as many tokens in a cache of its own."""
+    """llama.cpp on a file of ours, with a cache in float32 that is its own: a step of decoding is
+    behind as many tokens, and others."""
 
     def make(case: Case, threads: int) -> Contender:
         import llama_cpp
 
-        import qcompiler
-        from qcompiler.backends.checkpoint.gguf import GgufBackend
-
         past = next((k[0].shape[2] for k in [case.inputs.get("keys")] if k), 0)
         ids = case.inputs["input_ids"].flatten().tolist()
         with tempfile.TemporaryDirectory() as folder:
-            source, path = Path(folder) / "model", Path(folder) / "model.gguf"
-            case.model.model.save_pretrained(source)
-            weight = f"{GGUF[kind]}:scale(fp16)"
-            passes = (
-                f"canonicalize{{optional=true}},assign{{weight={weight} head={weight}}},quantize"
-            )
-            made = qcompiler.compile(source, passes=passes, backend="gguf")
-            GgufBackend().write(made.program, source, path)
+            path = gguf_file(case.model.model, kind, Path(folder))
             bytes_ = path.stat().st_size
             model = llama_cpp.Llama(
                 str(path), n_ctx=past + len(ids), n_batch=512, n_threads=threads,

@@ -264,6 +264,36 @@ def test_attention(
     assert (got - want).norm() / want.norm() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["causal", "window", "hidden rows", "each its own"])
+def test_a_prompt_reads_what_it_may_see(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcompiler.backends.cpu import prompt
+
+    monkeypatch.setattr(prompt, "BLOCK", 8)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 21, 64, generator=generator)
+    k, v = torch.randn(2, 2, 2, 30, 64, generator=generator)
+    places = torch.arange(9, 30)[:, None] - torch.arange(30)
+    mask = (places >= 0)[None, None].expand(2, 1, -1, -1)
+    if kind == "window":
+        mask = mask & (places < 4)
+    elif kind == "hidden rows":
+        mask = mask & (places < 40)
+        mask[:, :, 7:18] = False  # a whole block, and parts of others
+    elif kind == "each its own":
+        mask = torch.rand(2, 4, 21, 30, generator=generator) > 0.8
+    asked = []
+    real = prompt.scaled_dot_product_attention
+    monkeypatch.setattr(
+        prompt, "scaled_dot_product_attention",
+        lambda q, k, *rest, **more: asked.append(k.shape[2]) or real(q, k, *rest, **more),
+    )  # fmt: skip
+    got = torch.ops.qc_cpu.attend(q, k, v, mask, 0.2, False)
+    want = real(q, k, v, mask, scale=0.2, enable_gqa=True)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    sizes = {"causal": [17, 25, 30], "window": [11, 11, 8], "hidden rows": [16, 1, 30]}
+    assert asked == sizes.get(kind, asked) and len(asked) == 3
+
+
 @pytest.mark.parametrize("n", [4, 8, 12, 64, 128, 160, 344, 704, 1024, 2816])
 def test_hadamard(n: int) -> None:
     """Powers of two, and multiples of what has a matrix of its own; behind a gate, too."""
