@@ -24,7 +24,7 @@ bench: $(STAMP)  ## speed beside other tools, and what a compilation costs (half
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/compile.py
 
-conformance: $(STAMP)  ## every claim of each backend on every shape (an hour); the tests try a part
+conformance: $(STAMP)  ## every claim of each backend on every shape (half an hour); the tests try a part
 	for name in cpu onnxruntime openvino; do $(BIN)/qcompiler check-backend $$name || exit 1; done
 
 architectures: $(STAMP)  ## docs/architectures.md and docs/onnx_models.md, from the models of the tests

@@ -58,7 +58,7 @@ def wanted(program: Program, subject: Subject, x: Flat, flips: bool) -> list[Wan
     # The rows of a table are no sums.
     many = 1 if subject.shape.op == "embedding" else math.prod(subject.shape.weight[1:])
     usual = [_norm(t) / math.sqrt(many) for t in _terms(subject, x)]
-    lost = _lost(program, subject, x, _tensors(own)) if flips else [0.0] * len(own)
+    lost = _lost(program, subject, x, _tensors(values)) if flips else [0.0] * len(own)
     return [
         Wanted(a, b, max(_norm(b), u), _apart(b, a) + SMALLEST * math.sqrt(b.numel()) + e)
         for a, b, u, e in zip(_tensors(own), _tensors(values), usual, lost, strict=True)
@@ -73,42 +73,39 @@ def _terms(subject: Subject, x: Flat, bias: bool = True) -> list[Tensor]:
     return _tensors(replace(subject.program, params=parts).flat(_each(x, Tensor.abs)))
 
 
-def _lost(program: Program, subject: Subject, x: Flat, own: list[Tensor]) -> list[float]:
+def _lost(program: Program, subject: Subject, x: Flat, values: list[Tensor]) -> list[float]:
     """The codes that a last digit turns the other way, up and down, and those digits themselves."""
-    sides = [_Shifted(program, side) for side in (1, -1)]
-    moved = [side.values(x) for side in sides]
-    digit = max(side.digit for side in sides)
+    sides = [_shifted(program, x, side) for side in (1, -1)]
+    digit = max(digit for _, digit in sides)
     digits = _terms(subject, _each(x, lambda v: torch.full_like(v, digit)), bias=False)
     return [
         _norm(d) + sum(_apart(a, b) for b in both)
-        for d, a, both in zip(digits, own, zip(*moved, strict=True), strict=True)
+        for d, a, *both in zip(digits, values, *(moved for moved, _ in sides), strict=True)
     ]
 
 
-class _Shifted(fx.Interpreter):
-    """The program with its activations a few last digits of their range off, as they are rounded;
-    scales that come of them are what they were."""
+def _shifted(program: Program, x: Flat, side: int) -> tuple[list[Tensor], float]:
+    """The outputs, with activations a few last digits of their range off as they are rounded, by
+    scales that come of them as they were; and the largest such digits."""
+    seen: dict[fx.Node, Any] = {}
+    largest = 0.0
 
-    def __init__(self, program: Program, side: int) -> None:
-        super().__init__(program.function)  # type: ignore[arg-type]
-        self.program, self.side, self.digit = program, side, 0.0
-
-    def values(self, x: Flat) -> list[Tensor]:
-        """The outputs."""
-        params = [self.program.params[name] for name in self.program.slots.values()]
-        with torch.no_grad():
-            return _tensors(tuple(self.run(*params, *x)))
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is not torch.ops.qc.fake_quantize.default:
-            return super().call_function(target, args, kwargs)
-        x, format, scale, zero = (*args, None, None)[:4]
+    def instead(node: fx.Node, compute: Callable[[], object]) -> object:
+        nonlocal largest
+        if node.target is not torch.ops.qc.fake_quantize.default:
+            return compute()
+        arguments: Any = node.args
+        source, format, *grid = arguments
+        value, (scale, zero) = seen[source], (*(seen.get(g) for g in grid), None, None)[:2]
         if scale is None:
-            scale, zero = torch.ops.qc.dynamic_scale(x, format)
+            scale, zero = torch.ops.qc.dynamic_scale(value, format)
         step = float(scale.max()) if scale.numel() else 0.0
-        digit = DIGITS * step * 2.0 ** QFormat.parse(format).bits
-        self.digit = max(self.digit, digit)
-        return target(x + self.side * digit, format, scale, zero)
+        digit = DIGITS * step * 2.0 ** QFormat.parse(str(format)).bits
+        largest = max(largest, digit)
+        return torch.ops.qc.fake_quantize(value + side * digit, format, scale, zero)
+
+    outputs = evaluate_wide(program, x, seen.__setitem__, torch.float32, instead)
+    return _tensors(outputs), largest
 
 
 def _each(x: Flat, change: Callable[[Tensor], Tensor]) -> Flat:

@@ -137,6 +137,62 @@ def test_planted_bugs_are_found(artifact: type[Artifact], words: str) -> None:
         assert_conforms(backend, quick=True)
 
 
+class Flipping(ProgramArtifact):
+    """Rounds what lies between two codes the other way: by x · (1 / s), and half up."""
+
+    def run(self, inputs: Flat) -> tuple[object, ...]:
+        class Other(torch.fx.Interpreter):
+            def call_function(self, target: object, args: tuple, kwargs: dict) -> object:  # type: ignore[type-arg]
+                if target is not torch.ops.qc.fake_quantize.default:
+                    return super().call_function(target, args, kwargs)
+                x = args[0].float()
+                scale, _ = torch.ops.qc.dynamic_scale(x, args[1])
+                codes = torch.floor(x * (1 / scale) + 0.5).clamp(-128, 127)
+                return (codes * scale).to(args[0].dtype)
+
+        params = [self.program.params[name] for name in self.program.slots.values()]
+        with torch.no_grad():
+            return tuple(Other(self.program.function).run(*params, *inputs))
+
+
+class FlippingAndWrong(Flipping):
+    def run(self, inputs: Flat) -> tuple[object, ...]:
+        return tuple(y * (1 + 1e-3) for y in super().run(inputs))
+
+
+@pytest.mark.parametrize(
+    ("artifact", "flips", "ok"),
+    [(Flipping, True, True), (Flipping, False, False), (FlippingAndWrong, True, False)],
+)
+def test_codes_may_flip_if_the_claim_says_so(
+    artifact: type[Artifact], flips: bool, ok: bool
+) -> None:
+    class Bad(Plain):
+        capabilities: ClassVar[tuple[Capability, ...]] = (
+            replace(HONEST, activation="int8:token:dynamic:full", flips=flips),
+        )
+
+        def build(self, program: qcompiler.Program) -> Artifact:
+            return artifact(program)
+
+    report = conformance(Bad(), quick=True)
+    assert report.ok is ok, str(report)
+
+
+class OffByOneRow(Planted):
+    """One output of many, a thousandth off."""
+
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        y = y.clone()
+        y[..., 0] *= 1.001
+        return y
+
+
+def test_one_wrong_output_is_seen() -> None:
+    report = conformance(planted(OffByOneRow, splits_sums=True), quick=True)
+    assert not report.ok
+
+
 def test_last_bits_may_depend_on_threads_if_the_claim_says_so() -> None:
     report = conformance(planted(ByThreads, splits_sums=True), quick=True)
     assert report.ok
