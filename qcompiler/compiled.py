@@ -17,7 +17,7 @@ from qcompiler.errors import BackendError, BadInput, PassError
 from qcompiler.export import export_onnx
 from qcompiler.generation import Options, generate
 from qcompiler.history import Step
-from qcompiler.indices import check_indices
+from qcompiler.indices import check_indices, explained
 from qcompiler.io import as_call
 from qcompiler.keep import Keep
 from qcompiler.module import as_module
@@ -85,8 +85,12 @@ class Compiled:
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call with the source model's own signature; returns its own output structure."""
         io = self.program.io
-        with torch.no_grad():
-            return io.restore(self.artifact.run(io.flatten(args, kwargs)))
+        inputs = io.flatten(args, kwargs)
+        try:
+            with torch.no_grad():
+                return io.restore(self.artifact.run(inputs))
+        except IndexError as error:
+            raise explained(error, self.program, inputs) from error
 
     def generate(self, input_ids: Tensor, **options: Unpack[Options]) -> Tensor:
         """`input_ids` (batch, tokens) and what the model writes behind them, at most `count` tokens

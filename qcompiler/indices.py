@@ -34,3 +34,21 @@ def check_indices(program: Program, inputs: Flat, what: str) -> None:
                 f"the table at {site.id} has rows 0 to {rows - 1}; was it made by another "
                 "tokenizer?"
             )
+
+
+def explained(error: IndexError, program: Program, inputs: Flat) -> BadInput:
+    """What a run on flat `inputs` that ended in `error` should have been told."""
+    try:
+        check_indices(program, inputs, "the call")
+    except BadInput as found:
+        return found
+    tables = [
+        f"{site.id} (rows 0 to {int(site.weight.meta['val'].shape[0]) - 1})"
+        for site in sites(program.graph.nodes)
+        if site.kind.name == "embedding"
+    ]
+    return BadInput(
+        f"the call looks up a row that a table does not have: {', '.join(tables) or error}; where "
+        "positions are looked up, the tokens and what the cache holds may be as many as there are "
+        "rows, not more"
+    )

@@ -111,6 +111,17 @@ def test_refused_with_a_way_out(tmp_path: Path) -> None:
         qcompiler.capture(plain.export(tmp_path / "plain.onnx"), cache=True)
 
 
+def test_more_tokens_than_positions_are_refused_with_the_table() -> None:
+    module, example = zoo.build("gpt2")
+    made = qcompiler.compile(module, example, passes="canonicalize", cache=True)
+    most = module.config.n_positions
+    assert made.generate(torch.tensor([[1, 2, 3]]), count=most - 2).shape == (1, most + 1)
+    with pytest.raises(BadInput, match=rf"rows 0 to {most - 1}.*may be as many as there are"):
+        made.generate(torch.tensor([[1, 2, 3]]), count=most)
+    with pytest.raises(BadInput, match="the call: input input_ids holds 9999"):
+        made(torch.tensor([[9999]]))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama in 8 bits with its cache, calibrated on batches that have none."""
