@@ -45,21 +45,24 @@ class _Room:
 
 def append(past: Tensor, new: Tensor, axis: int) -> Tensor:
     """cat([past, new], axis). It may share memory with `past`, none of which changes."""
-    if type(past) is not Tensor:  # what only looks like one has no memory to grow in
+    shape, part = [*past.shape], [*past.shape]
+    length, part[axis] = past.shape[axis], new.shape[axis]
+    if type(past) is not Tensor or [*new.shape] != part:
+        # What only looks like a tensor has no memory to grow in; torch says what does not fit.
         return torch.cat([past, new], axis)
-    length = past.shape[axis]
-    shape = [*past.shape]
     shape[axis] = end = length + new.shape[axis]
     room: _Room | None = getattr(past.untyped_storage(), KEY, None)
     if length and room is not None and room.take(past, axis, end):
-        whole = past.as_strided(shape, past.stride())
-    else:
-        wide = [*shape]
-        wide[axis] = end + max(end // SHARE, LEAST)
-        memory = past.new_empty(wide)
-        setattr(memory.untyped_storage(), KEY, _Room(memory.stride(), end, wide[axis]))
-        whole = memory.narrow(axis, 0, end)
-        whole.narrow(axis, 0, length).copy_(past)
+        whole = past.as_strided(shape, room.stride)
+        place = length * room.stride[axis]
+        past.as_strided(part, room.stride, place).copy_(new)
+        return whole
+    wide = [*shape]
+    wide[axis] = end + max(end // SHARE, LEAST)
+    memory = past.new_empty(wide)
+    setattr(memory.untyped_storage(), KEY, _Room(memory.stride(), end, wide[axis]))
+    whole = memory.narrow(axis, 0, end)
+    whole.narrow(axis, 0, length).copy_(past)
     whole.narrow(axis, length, new.shape[axis]).copy_(new)
     return whole
 

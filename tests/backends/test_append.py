@@ -66,6 +66,14 @@ def test_what_was_handed_in_is_not_ours_to_write_in() -> None:
     assert not memory.any() and torch.equal(found[:, :, 5:], rows(5, 6))
 
 
+def test_what_does_not_fit_is_an_error_as_in_cat() -> None:
+    past = grown()
+    for new in (rows(5, 6)[:1], rows(5, 6)[..., :2]):
+        with pytest.raises(RuntimeError, match="must match"):
+            append(past, new, 2)
+    assert torch.equal(append(past, rows(5, 6), 2), rows(0, 6))
+
+
 def test_only_one_of_many_threads_takes_the_room() -> None:
     past = grown()
     with ThreadPoolExecutor(8) as pool:
