@@ -14,7 +14,7 @@ import torch
 from qcompiler.cli_shared import tokenizer_of
 from qcompiler.compiled import load
 from qcompiler.console import as_json, err, print_json
-from qcompiler.errors import BadInput
+from qcompiler.data import open_tokenizer
 from qcompiler.store import Saved, read
 
 END = "eos_token"
@@ -86,18 +86,13 @@ def generate_(
 def _tokenizer(saved: Saved) -> tuple[Any, tuple[int, ...]]:
     """The tokenizer of an artifact, and the token that ends a text, if it has one."""
     folder = saved.tokenizer or tokenizer_of(saved.about.source)
-    file = folder / "tokenizer.json" if folder else None
-    if file is None or not file.is_file():
-        raise BadInput(
-            f"{saved.folder} has no tokenizer.json, so that no text can be read or written; "
-            "compile from a Hugging Face folder that has one, or call `generate` in Python with ids"
-        )
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise BadInput("text needs tokenizers; pip install 'qcompiler[hf]'") from error
-    tokenizer = Tokenizer.from_file(str(file))
-    config = file.with_name("tokenizer_config.json")
+    tokenizer = open_tokenizer(
+        folder,
+        f"{saved.folder} has no tokenizer.json, so that no text can be read or written; compile "
+        "from a Hugging Face folder that has one, or call `generate` in Python with ids",
+    )
+    assert folder is not None
+    config = folder / "tokenizer_config.json"
     named = json.loads(config.read_text("utf-8")).get(END) if config.is_file() else None
     word = named.get("content") if isinstance(named, dict) else named
     end = tokenizer.token_to_id(word) if word else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,22 +87,29 @@ def text_windows(path: Path, io: Signature, tokenizer: Path | None) -> Tensor:
     return torch.tensor(ids[: count * length]).reshape(count, length)
 
 
-def _tokenize(path: Path, tokenizer: Path | None) -> Iterator[int]:
-    file = tokenizer / "tokenizer.json" if tokenizer else None
+def open_tokenizer(folder: Path | None, lacking: str) -> Any:
+    """The tokenizer in `folder`; `lacking` is what to say if there is none."""
+    file = folder / "tokenizer.json" if folder else None
     if file is None or not file.is_file():
-        raise BadInput(
-            f"{path} is text, and the model has no tokenizer.json beside it; "
-            "give token ids as .npy or .safetensors"
-        )
+        raise BadInput(lacking)
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise BadInput("reading text needs tokenizers; pip install 'qcompiler[hf]'") from error
+    return Tokenizer.from_file(str(file))
+
+
+def _tokenize(path: Path, tokenizer: Path | None) -> Iterator[int]:
+    made = open_tokenizer(
+        tokenizer,
+        f"{path} is text, and the model has no tokenizer.json beside it; "
+        "give token ids as .npy or .safetensors",
+    )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is no UTF-8 text: {error}") from error
-    yield from Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+    yield from made.encode(text, add_special_tokens=False).ids
 
 
 def _read_numpy(path: Path) -> Tensor:
