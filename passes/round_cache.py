@@ -49,10 +49,10 @@ class RoundCache(Pass):
                 "model with cache=True (--cache)"
             )
         format = QFormat.parse(self.format)
-        if not format.dynamic:
+        if not format.dynamic or format.block is None or len(format.block) != 1:
             raise BadInput(
-                f"round_cache: {format} needs a scale from calibration; expected a dynamic format, "
-                "whose scales come of the rows themselves, as in int8:token:dynamic"
+                f"round_cache: {format} has no scales that come of each row alone; expected a "
+                "dynamic format by tokens or groups, as int8:token:dynamic"
             )
         for state in found:
             cat, before = edit.own(state.path[-1]), edit.own(state.path[-2])

@@ -17,8 +17,6 @@ from qcompiler.console import as_json, err, print_json
 from qcompiler.data import open_tokenizer
 from qcompiler.store import Saved, read
 
-END = "eos_token"
-
 
 @click.command("generate")
 @click.argument("artifact", type=Path)
@@ -84,7 +82,7 @@ def generate_(
 
 
 def _tokenizer(saved: Saved) -> tuple[Any, tuple[int, ...]]:
-    """The tokenizer of an artifact, and the token that ends a text, if it has one."""
+    """The tokenizer of an artifact, and the tokens that end a text."""
     folder = saved.tokenizer or tokenizer_of(saved.about.source)
     tokenizer = open_tokenizer(
         folder,
@@ -92,8 +90,14 @@ def _tokenizer(saved: Saved) -> tuple[Any, tuple[int, ...]]:
         "from a Hugging Face folder that has one, or call `generate` in Python with ids",
     )
     assert folder is not None
-    config = folder / "tokenizer_config.json"
-    named = json.loads(config.read_text("utf-8")).get(END) if config.is_file() else None
+    named = _json(folder / "tokenizer_config.json").get("eos_token")
     word = named.get("content") if isinstance(named, dict) else named
-    end = tokenizer.token_to_id(word) if word else None
-    return tokenizer, () if end is None else (end,)
+    ends = _json(folder / "generation_config.json").get("eos_token_id")
+    found = {tokenizer.token_to_id(word) if word else None}
+    found |= set(ends) if isinstance(ends, list) else {ends}
+    return tokenizer, tuple(n for n in found if n is not None)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}

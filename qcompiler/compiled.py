@@ -165,7 +165,7 @@ def compile(
     target = get_backend(backend) if isinstance(backend, str) else backend
     if plan is not None:
         pipeline = with_plan(pipeline, Path(plan), target)
-    if isinstance(cache, str):
+    if isinstance(cache, str) and cache:
         format = cache if ":" in cache else f"{cache}:token:dynamic"
         pipeline = (*pipeline, *make_passes((PassSpec("round_cache", {"format": format}),)))
     keep = None if work is None else Keep.open(Path(work))

@@ -18,6 +18,9 @@ from qcompiler.capture.cached import PAST
 from qcompiler.errors import BadInput
 from qcompiler.io import Signature
 
+COLD = 1e-6
+"""Temperature below which the likeliest is taken."""
+
 
 class Options(TypedDict, total=False):
     """How to write; without any of it, 128 of the likeliest tokens."""
@@ -49,7 +52,18 @@ def generate(
     probability `top_p`. It ends early when each row has had a token of `stop`; a row that has goes
     on with that token.
     """
-    _check(io, input_ids, count, temperature, top_k, top_p)
+    _check(io, input_ids, count, temperature, top_k, top_p, stop)
+    return _written(model, input_ids, count, (temperature, top_k, top_p), stop, seed)
+
+
+def _written(
+    model: Callable[..., Any],
+    input_ids: Tensor,
+    count: int,
+    sampling: tuple[float, int, float],
+    stop: Collection[int],
+    seed: int,
+) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ends = torch.tensor(sorted(stop), dtype=input_ids.dtype)
     ended = torch.zeros(len(input_ids), dtype=torch.bool)
@@ -57,7 +71,7 @@ def generate(
     for _ in range(count):
         found = model(input_ids=tokens, **{PAST: past})
         past = found.past_key_values
-        drawn = _next(found.logits[:, -1].float(), temperature, top_k, top_p, generator)
+        drawn = _next(found.logits[:, -1].float(), *sampling, generator)
         last = torch.where(ended, last, drawn)
         yield last
         ended = ended | torch.isin(last, ends)
@@ -70,10 +84,10 @@ def _next(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> Tensor:
     """A word (batch,) for each row of `logits` (batch, words)."""
-    if not temperature:
+    if temperature < COLD:
         return logits.argmax(-1)
     likeliest, words = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
-    weights = (likeliest / temperature).softmax(-1)
+    weights = ((likeliest - likeliest[:, :1]) / temperature).softmax(-1)
     before = weights.cumsum(-1) - weights
     weights = weights.masked_fill(before >= top_p, 0.0)  # never the first
     drawn = torch.multinomial(weights, 1, generator=generator)
@@ -81,18 +95,25 @@ def _next(
 
 
 def _check(
-    io: Signature, ids: Tensor, count: int, temperature: float, top_k: int, top_p: float
+    io: Signature,
+    ids: object,
+    count: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    stop: object,
 ) -> None:
     if PAST not in io.optional:
         raise BadInput(
             f"the program takes ({', '.join(map(str, io.tensors))}) and no cache, so that it "
             "cannot go on from one token to the next; compile the model with cache=True (--cache)"
         )
-    if ids.ndim != 2 or not ids.shape[1] or ids.is_floating_point():
-        raise BadInput(
-            f"input_ids are token ids (batch, tokens), at least one; found {ids.dtype} of shape "
-            f"{[*ids.shape]}"
-        )
+    right = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+    if not isinstance(ids, Tensor) or not right or not ids.shape[1]:
+        of = f"{ids.dtype} of shape {[*ids.shape]}" if isinstance(ids, Tensor) else repr(ids)[:60]
+        raise BadInput(f"input_ids are a tensor (batch, tokens) of ids, at least one; found {of}")
+    if not isinstance(stop, Collection) or not all(isinstance(n, int) for n in stop):
+        raise BadInput(f"stop is a list of token ids; found {stop!r}")
     wrong = [
         f"{name} {said}; found {value}"
         for name, value, said, right in (

@@ -5,7 +5,7 @@
     OUT/qcompiler.json          manifest; names the content folder, replaced atomically
     OUT/content-<digits>/       program.json  params.safetensors  history.json.gz
                                 backend/      what the artifact itself needs
-                                tokenizer/    from the source folder, if it had one
+                                tokenizer/    from the source folder, if it had one; end tokens
 
 New content is written beside the old and the manifest replaced last, in one atomic step: whatever
 happens before it, a full disk or a kill, the old artifact is still there and whole.
@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "added_tokens.json",
+    "generation_config.json",
 )
 
 

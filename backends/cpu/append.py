@@ -4,8 +4,8 @@
 
 The result lies in memory with room behind it. Handed in again as the next call's `past`, only what
 is new is written: in a step of decoding the cache stays where it is. What was returned before is
-never changed: if `past` ends before the room is free (somebody went back, or on from it twice),
-all of it is copied, as `cat` does.
+never changed by it: if `past` ends before the room is free (somebody went back, or on from it
+twice), all of it is copied, as `cat` does.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ class _Room:
     """What is known of memory with room in it; an attribute of the storage itself."""
 
     stride: tuple[int, ...]
+    axis: int
+    dtype: torch.dtype
     used: int
     size: int
     """Along the axis, as `used`."""
 
     def take(self, past: Tensor, axis: int, end: int) -> bool:
         """Whether `past` fills what is used of it and there is room up to `end`, then taken."""
+        mine = past.stride() == self.stride and past.storage_offset() == 0
+        mine = mine and (axis, past.dtype) == (self.axis, self.dtype)
+        # What was made in inference mode may be written to in it alone.
+        mine = mine and (not past.is_inference() or torch.is_inference_mode_enabled())
         with _lock:
-            mine = past.stride() == self.stride and past.storage_offset() == 0
             free = mine and past.shape[axis] == self.used and end <= self.size
             if free:
                 self.used = end
@@ -47,7 +52,7 @@ def append(past: Tensor, new: Tensor, axis: int) -> Tensor:
     """cat([past, new], axis). It may share memory with `past`, none of which changes."""
     shape, part = [*past.shape], [*past.shape]
     length, part[axis] = past.shape[axis], new.shape[axis]
-    if type(past) is not Tensor or [*new.shape] != part:
+    if type(past) is not Tensor or [*new.shape] != part or new.dtype != past.dtype:
         # What only looks like a tensor has no memory to grow in; torch says what does not fit.
         return torch.cat([past, new], axis)
     shape[axis] = end = length + new.shape[axis]
@@ -60,7 +65,9 @@ def append(past: Tensor, new: Tensor, axis: int) -> Tensor:
     wide = [*shape]
     wide[axis] = end + max(end // SHARE, LEAST)
     memory = past.new_empty(wide)
-    setattr(memory.untyped_storage(), KEY, _Room(memory.stride(), end, wide[axis]))
+    setattr(
+        memory.untyped_storage(), KEY, _Room(memory.stride(), axis, past.dtype, end, wide[axis])
+    )
     whole = memory.narrow(axis, 0, end)
     whole.narrow(axis, 0, length).copy_(past)
     whole.narrow(axis, length, new.shape[axis]).copy_(new)

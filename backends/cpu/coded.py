@@ -7,7 +7,7 @@ its numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,10 +19,16 @@ from qcompiler.backends.cpu.calls import by_rows, scratch
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.layout import CHUNK
 from qcompiler.backends.cpu.codegen.rows import Rounding, rows
+from qcompiler.errors import BadInput
 from qcompiler.ops import fake_quantize
 
 FORMAT = "int8:token:dynamic"
 """What the rows are rounded to."""
+
+
+READ_ONLY = (
+    "a cache that is kept in 8 bits cannot be written to in place; take its numbers with .clone()"
+)
 
 
 class Coded(Tensor):
@@ -40,12 +46,18 @@ class Coded(Tensor):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares the disabled one
         cls,
-        func: Callable[..., Any],
+        func: Any,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(Coded, numbers, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        given = dict(enumerate(args)) | kwargs
+        for place, argument in enumerate(func._schema.arguments):
+            value = given.get(place, given.get(argument.name))
+            if isinstance(value, Coded) and argument.alias_info and argument.alias_info.is_write:
+                raise BadInput(READ_ONLY)
+        args, kwargs = pytree.tree_map_only(Coded, numbers, (args, kwargs))
         return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -53,6 +65,9 @@ class Coded(Tensor):
 
     def __deepcopy__(self, memo: object) -> Tensor:
         return numbers(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise BadInput(READ_ONLY)
 
     def tolist(self) -> Any:
         return numbers(self).tolist()

@@ -47,6 +47,9 @@ class LowerAppend(Pass):
                 edit.skip(cat, "takes an input with one thing appended to it")
                 continue
             past, new = parts
+            if len({n.meta["val"].dtype for n in (past, new, cat)}) > 1:
+                edit.skip(cat, "takes what is of the input's own type")
+                continue
             if _coded(state, cat, new):
                 edit.spend("append codes in place", cat)
                 target, new = APPEND_ROWS, new.args[0]

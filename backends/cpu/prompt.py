@@ -20,7 +20,8 @@ def attend_many(
     """torch's attention of q (batch, heads, tokens, d) over k and v (batch, groups, keys, d)."""
     grouped = q.shape[1] != k.shape[1]
     tokens = q.shape[2]
-    fits = mask is not None and mask.dtype == torch.bool and mask.shape[-2] == tokens
+    whole = mask is not None and mask.shape[-2:] == (tokens, k.shape[2])
+    fits = whole and mask is not None and mask.dtype == torch.bool and not causal
     if mask is None or not fits or tokens < 2 * BLOCK:
         return scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped

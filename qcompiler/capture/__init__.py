@@ -30,6 +30,8 @@ from qcompiler.program import Program
 Model = torch.nn.Module | torch.export.ExportedProgram | str | Path
 Dynamic = bool | dict[str, dict[int, str]] | None
 
+ALREADY = "a graph already; a cache becomes an argument as a folder or a module is captured"
+
 __all__ = ["Dynamic", "Model", "Source", "capture", "open_model"]
 
 
@@ -84,8 +86,10 @@ def open_model(
         if example_inputs is None:
             raise BadInput("a torch module needs example_inputs: a tensor, a tuple or a mapping")
         return _export(model, Source("module", cache=cache), example_inputs, dynamic)
-    if isinstance(model, torch.export.ExportedProgram):
+    if isinstance(model, torch.export.ExportedProgram) and not cache:
         return from_exported(model), Source("exported"), _example_of(model, example_inputs)
+    if isinstance(model, torch.export.ExportedProgram):
+        raise BadInput(f"an exported program is {ALREADY}")
     path = Path(model)
     if path.is_dir():
         from qcompiler.capture.folder import load_folder
@@ -98,10 +102,7 @@ def open_model(
         made, given = _load_factory(str(model), example_inputs)
         return _export(made, Source("factory", str(model), cache), given, dynamic)
     if cache and path.exists():
-        raise BadInput(
-            f"{path} is a graph already; a cache becomes an argument as a folder or a "
-            "module is captured"
-        )
+        raise BadInput(f"{path} is {ALREADY}")
     if path.suffix == ".pt2":
         exported = _load_pt2(path)
         source = Source("pt2", str(path.resolve()))

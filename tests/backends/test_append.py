@@ -74,6 +74,44 @@ def test_what_does_not_fit_is_an_error_as_in_cat() -> None:
     assert torch.equal(append(past, rows(5, 6), 2), rows(0, 6))
 
 
+def test_memory_is_not_taken_for_that_of_another_axis_or_type() -> None:
+    past = append(torch.randn(2, 5, 4, 8), torch.randn(2, 5, 1, 8), 2)
+    kept = past.clone()
+    new = torch.full((1, 1, 5, 8), 7.0)
+    assert torch.equal(append(past[:1], new, 1), torch.cat([kept[:1], new], 1))
+    whole = torch.full((2, 1, 5, 8), 7.0)
+    assert torch.equal(append(past, whole, 1), torch.cat([kept, whole], 1))
+    assert torch.equal(past, kept)
+    found = append(past.half(), torch.randn(2, 5, 1, 8), 2)
+    assert found.dtype == torch.float32  # as cat has it
+
+
+def test_what_was_made_in_inference_mode_goes_on_outside() -> None:
+    with torch.inference_mode():
+        past = append(grown(), rows(5, 6), 2)
+        past = append(past, rows(6, 7), 2)
+    one = append(past, rows(7, 8), 2)
+    assert torch.equal(append(one, rows(8, 9), 2), rows(0, 9))
+    with torch.inference_mode():
+        assert torch.equal(append(one, rows(8, 9), 2), rows(0, 9))
+
+
+class Promoted(torch.nn.Module):
+    """Appends to numbers of another type."""
+
+    def forward(self, past: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([past, new], 2)
+
+
+def test_another_type_is_appended_as_torch_does() -> None:
+    past, new = torch.randn(2, 3, 4, 8).half(), torch.randn(2, 3, 1, 8)
+    dynamic = {"past": {2: "past"}}
+    made = qcompiler.compile(
+        Promoted(), (past, new), passes="canonicalize{optional=true}", dynamic=dynamic
+    )
+    assert torch.equal(made(past, new), torch.cat([past, new], 2))
+
+
 def test_only_one_of_many_threads_takes_the_room() -> None:
     past = grown()
     with ThreadPoolExecutor(8) as pool:

@@ -139,10 +139,26 @@ def test_refused_with_a_reason() -> None:
     module, example = zoo.build("llama")
     with pytest.raises(BadInput, match="no input of the program grows"):
         qcompiler.compile(module, example, passes="canonicalize,round_cache")
-    with pytest.raises(BadInput, match="expected a dynamic format"):
-        qcompiler.compile(
-            module, example, passes="canonicalize,round_cache{format=int8:token}", cache=True
-        )
+    for format in ("int8:token", "int8:tensor:dynamic"):
+        with pytest.raises(BadInput, match="expected a dynamic format by tokens or groups"):
+            qcompiler.compile(
+                module, example, passes=f"canonicalize,round_cache{{format={format}}}", cache=True
+            )
+
+
+def test_it_is_not_written_to_in_place() -> None:
+    found, want = coded(hard()), rounded(hard())
+    for change in (
+        lambda x: x.zero_(),
+        lambda x: x.mul_(2),
+        lambda x: x.copy_(torch.ones(())),
+        lambda x: x.__setitem__(0, 0.0),
+        lambda x: torch.add(x, 1, out=x),
+    ):
+        with pytest.raises(BadInput, match="cannot be written to in place"):
+            change(found)
+    assert torch.equal(numbers(found), want)
+    assert torch.equal(torch.zeros_like(want).copy_(found), want)
 
 
 def test_narrow_heads_and_other_formats_stay_numbers() -> None:

@@ -264,7 +264,9 @@ def test_attention(
     assert (got - want).norm() / want.norm() < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["causal", "window", "hidden rows", "each its own"])
+@pytest.mark.parametrize(
+    "kind", ["causal", "window", "hidden rows", "each its own", "one for all keys"]
+)
 def test_a_prompt_reads_what_it_may_see(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from qcompiler.backends.cpu import prompt
 
@@ -281,6 +283,9 @@ def test_a_prompt_reads_what_it_may_see(kind: str, monkeypatch: pytest.MonkeyPat
         mask[:, :, 7:18] = False  # a whole block, and parts of others
     elif kind == "each its own":
         mask = torch.rand(2, 4, 21, 30, generator=generator) > 0.8
+    elif kind == "one for all keys":
+        mask = torch.ones(2, 1, 21, 1, dtype=torch.bool)
+        mask[:, :, 3] = False
     asked = []
     real = prompt.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -291,7 +296,7 @@ def test_a_prompt_reads_what_it_may_see(kind: str, monkeypatch: pytest.MonkeyPat
     want = real(q, k, v, mask, scale=0.2, enable_gqa=True)
     torch.testing.assert_close(got, want, equal_nan=True)
     sizes = {"causal": [17, 25, 30], "window": [11, 11, 8], "hidden rows": [16, 1, 30]}
-    assert asked == sizes.get(kind, asked) and len(asked) == 3
+    assert asked == sizes.get(kind, asked) and len(asked) == (1 if "all" in kind else 3)
 
 
 @pytest.mark.parametrize("n", [4, 8, 12, 64, 128, 160, 344, 704, 1024, 2816])
