@@ -40,7 +40,12 @@ class LowerAppend(Pass):
         return 0.0
 
     def run(self, edit: Edit, facts: Facts) -> None:
+        io = facts.program.io
+        shapes = {port.name: port.shape for port in io.tensors}
         for state in states(facts.program):
+            size = shapes[state.input.name][state.axis]
+            if not isinstance(size, str) or io.dims[size][0]:
+                continue  # joined with what comes from outside, but nothing that grows from nothing
             cat = edit.own(state.path[-1])
             parts: Any = cat.args[0]
             if len(state.path) > 2 or len(parts) != 2 or parts[0].op != "placeholder":

@@ -112,6 +112,14 @@ def test_another_type_is_appended_as_torch_does() -> None:
     assert torch.equal(made(past, new), torch.cat([past, new], 2))
 
 
+def test_what_only_joins_its_input_is_left_alone() -> None:
+    past, new = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 1, 8)
+    for dynamic in (False, {"past": {0: "batch"}, "new": {0: "batch"}}):
+        passes = "canonicalize{optional=true}"
+        made = qcompiler.compile(Promoted(), (past, new), passes=passes, dynamic=dynamic)
+        assert made(past, new).is_contiguous()
+
+
 def test_only_one_of_many_threads_takes_the_room() -> None:
     past = grown()
     with ThreadPoolExecutor(8) as pool:
