@@ -156,13 +156,17 @@ def relative_error(a: object, b: object) -> float:
     return worst
 
 
+def distance(a: Tensor, b: Tensor) -> float:
+    """‖a - b‖ in float64. Places where both are the same NaN or infinity count as equal."""
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.linalg.vector_norm(torch.where(same, 0.0, a - b)).item()
+    return math.inf if math.isnan(gap) else gap
+
+
 def _relative(x: Tensor, y: Tensor) -> float:
-    same = (x == y) | (x.isnan() & y.isnan())
-    zero = torch.zeros((), dtype=x.dtype)
-    gap = torch.linalg.vector_norm(torch.where(same, zero, x - y)).item()
-    size = torch.linalg.vector_norm(torch.where(x.isfinite(), x, zero)).item()
-    if math.isnan(gap):
-        return math.inf
+    gap = distance(x, y)
+    size = torch.linalg.vector_norm(torch.where(x.isfinite(), x, 0.0)).item()
     return 0.0 if gap == 0 else gap / size if size else math.inf
 
 

@@ -43,9 +43,12 @@ def generate_(
     saved = read(artifact)
     tokenizer, end = _tokenizer(saved)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False).ids], dtype=torch.long)
+    prompt_ids = tokenizer.encode(text).ids  # with what the tokenizer says begins a text
+    ids = torch.tensor([prompt_ids], dtype=torch.long)
     compiled = load(artifact)
     tokens: list[int] = []
+    last = prompt_ids[-1:]  # decoded with what follows: a space between two words is part of one
+    known = tokenizer.decode(last)
     said, times = "", [time.perf_counter()]
     stream = compiled.stream(
         ids, count=count, temperature=temperature, top_k=top_k, top_p=top_p, stop=end, seed=seed
@@ -55,7 +58,7 @@ def generate_(
     for token in stream:
         times.append(time.perf_counter())
         tokens.append(int(token))
-        whole = tokenizer.decode(tokens)
+        whole = tokenizer.decode([*last, *tokens]).removeprefix(known)
         if whole.endswith("\N{REPLACEMENT CHARACTER}"):  # the middle of a letter
             continue
         if not json_:

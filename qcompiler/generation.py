@@ -108,8 +108,8 @@ def _check(
             f"the program takes ({', '.join(map(str, io.tensors))}) and no cache, so that it "
             "cannot go on from one token to the next; compile the model with cache=True (--cache)"
         )
-    right = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
-    if not isinstance(ids, Tensor) or not right or not ids.shape[1]:
+    whole = isinstance(ids, Tensor) and not ids.is_floating_point()
+    if not whole or not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.shape[1]:
         of = f"{ids.dtype} of shape {[*ids.shape]}" if isinstance(ids, Tensor) else repr(ids)[:60]
         raise BadInput(f"input_ids are a tensor (batch, tokens) of ids, at least one; found {of}")
     if not isinstance(stop, Collection) or not all(isinstance(n, int) for n in stop):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -159,10 +160,10 @@ class Words:
         return SimpleNamespace(logits=self.logits.expand(shape), past_key_values=None)
 
 
-def written(count: int = 400, **options: object) -> Iterator[int]:
-    io = SimpleNamespace(optional={"past_key_values"}, tensors=())
+def written(count: int = 400, **options: Any) -> Iterator[int]:
+    io: Any = SimpleNamespace(optional={"past_key_values"}, tensors=())
     ids = torch.tensor([[0]])
-    return map(int, generate(Words(), io, ids, count=count, **options))  # type: ignore[arg-type]
+    return map(int, generate(Words(), io, ids, count=count, **options))
 
 
 def test_words_are_drawn_as_often_as_they_are_likely() -> None:

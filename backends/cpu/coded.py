@@ -24,8 +24,7 @@ from qcompiler.ops import fake_quantize
 
 FORMAT = "int8:token:dynamic"
 """What the rows are rounded to."""
-
-
+ROUNDING = Rounding(0)
 READ_ONLY = (
     "a cache that is kept in 8 bits cannot be written to in place; take its numbers with .clone()"
 )
@@ -75,7 +74,7 @@ class Coded(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         return numbers(self).numpy(force=force)
 
-    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]  # torch's has no types
         return f"Coded({[*self.shape]}, {self.codes.nbytes + self.scales.nbytes} bytes)"
 
 
@@ -104,7 +103,7 @@ def _code(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[:-1])
     if x.numel():
-        rows(host(), Rounding(0)).bound(
+        rows(host(), ROUNDING).bound(
             source.data_ptr(), codes.data_ptr(), scales.data_ptr(), scratch(4 * scales.numel()),
             0, source.data_ptr(), 0, 0, 0, 0,
             scales.numel(), width, stride, width, width // CHUNK, 0, 1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import SymFloat, SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -50,7 +50,8 @@ class Open:
 
     def sizes(self, inputs: Flat) -> Sizes:
         """What they are in `inputs`."""
-        return tuple(inputs[i].shape[axis] for i, axis in self._where.values())  # type: ignore[attr-defined]
+        flat: Any = inputs
+        return tuple(flat[i].shape[axis] for i, axis in self._where.values())
 
     def varying(self, pattern: Pattern) -> frozenset[object]:
         """The symbols of those that `pattern` leaves open."""

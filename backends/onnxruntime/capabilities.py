@@ -27,8 +27,9 @@ FLOAT32 = 1e-5
 """Tolerance where the same numbers are summed in float32 in another order, or as integers."""
 
 OFFSET = 1e-4
-"""Tolerance where a zero point is taken off behind the sums, in float32: of codes of five bits in
-containers of eight, the sums are hundreds of times what is left."""
+"""Tolerance of a kernel that was off by up to 3.5e-5, most with codes of five bits in containers of
+eight: as if a zero point were taken off behind the sums, in float32, where these are hundreds of
+times what is left."""
 
 REQUANTIZED = 1e-2
 """Tolerance where the kernel rounds its own output, so that a last bit may become a step."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.capture.module import inference
 from qcompiler.errors import BadInput
 from qcompiler.io import Signature
 
@@ -37,16 +38,15 @@ def cached(module: torch.nn.Module, example: object) -> Iterator[dict[str, objec
     half = max(ids.shape[1] // 2, 1)
 
     def step(input_ids: Tensor, past_key_values: Past) -> CausalLMOutputWithPast:
-        cache = (
-            DynamicCache()
-        )  # without a configuration: whole, where a layer looks at a window too
+        # Without a configuration it is whole, where a layer looks at a window too.
+        cache = DynamicCache()
         for layer, (keys, values) in enumerate(past_key_values):
             cache.update(keys, values, layer)
         out = forward(input_ids=input_ids, past_key_values=cache, use_cache=True)
         found = _layers(module, out.past_key_values)
         return CausalLMOutputWithPast(logits=out.logits, past_key_values=found)
 
-    with torch.no_grad():
+    with inference(module), torch.no_grad():
         past = step(ids[:, :half], ()).past_key_values
     own = vars(module).get("forward")
     module.forward = step  # the module itself, so that its parameters keep their names

@@ -22,7 +22,7 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     args, kwargs = as_call(example_inputs)
     check_finite(dict(module.named_parameters()))
     names = _forward_names(module)
-    with _inference(module):
+    with inference(module):
         kwargs = _without_cache(module, kwargs)
         call = (args, kwargs)
         if dynamic is not None and dynamic is not True:
@@ -119,7 +119,7 @@ def _without_cache(module: torch.nn.Module, kwargs: dict[str, object]) -> dict[s
 
 
 @contextmanager
-def _inference(module: torch.nn.Module) -> Iterator[None]:
+def inference(module: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and everything back as it was afterwards."""
     training = {m: m.training for m in module.modules()}
     gradients = {p: p.requires_grad for p in module.parameters()}

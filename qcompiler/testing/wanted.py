@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompiler.check import distance
 from qcompiler.formats import QFormat
 from qcompiler.program import Program
 from qcompiler.run import evaluate_wide
@@ -46,7 +47,7 @@ class Wanted:
 
     def error(self, found: Tensor) -> float:
         """Relative error of an output."""
-        gap = max(0.0, _apart(self.value, found) - self.allowed)
+        gap = max(0.0, distance(self.value, found) - self.allowed)
         return gap / self.size if gap and self.size else math.inf if gap else 0.0
 
 
@@ -60,7 +61,7 @@ def wanted(program: Program, subject: Subject, x: Flat, flips: bool) -> list[Wan
     usual = [_norm(t) / math.sqrt(many) for t in _terms(subject, x)]
     lost = _lost(program, subject, x, _tensors(values)) if flips else [0.0] * len(own)
     return [
-        Wanted(a, b, max(_norm(b), u), _apart(b, a) + SMALLEST * math.sqrt(b.numel()) + e)
+        Wanted(a, b, max(_norm(b), u), distance(b, a) + SMALLEST * math.sqrt(b.numel()) + e)
         for a, b, u, e in zip(_tensors(own), _tensors(values), usual, lost, strict=True)
     ]
 
@@ -79,7 +80,7 @@ def _lost(program: Program, subject: Subject, x: Flat, values: list[Tensor]) -> 
     digit = max(digit for _, digit in sides)
     digits = _terms(subject, _each(x, lambda v: torch.full_like(v, digit)), bias=False)
     return [
-        _norm(d) + sum(_apart(a, b) for b in both)
+        _norm(d) + sum(distance(a, b) for b in both)
         for d, a, *both in zip(digits, values, *(moved for moved, _ in sides), strict=True)
     ]
 
@@ -114,14 +115,6 @@ def _each(x: Flat, change: Callable[[Tensor], Tensor]) -> Flat:
 
 def _tensors(values: tuple[object, ...]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """‖a - b‖; places where both are the same NaN or infinity count as equal."""
-    a, b = a.double(), b.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    gap = _norm(torch.where(same, 0.0, a - b))
-    return math.inf if math.isnan(gap) else gap
 
 
 def _norm(x: Tensor) -> float:

@@ -8,9 +8,11 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from small_models import ARCHITECTURES, build
+import torch
+from small_models import ARCHITECTURES, CAUSAL, build
 
 import qcompiler
+from qcompiler.check import relative_error
 from qcompiler.pipeline import run_pipeline
 from qcompiler.registry import make_passes
 from qcompiler.spaces import find
@@ -33,6 +35,26 @@ def test_every_free_space_is_exact(name: str) -> None:
     assert any(v.space.kind == "diagonal" for v in found)
     for space in find(prepared, "orthogonal"):
         assert all(b.node and b.reason for b in space.blocked_by)
+
+
+@pytest.mark.parametrize("name", [n for n, (auto, _) in ARCHITECTURES.items() if auto == CAUSAL])
+def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
+    module, example = build(name)
+    if name in ("gptj", "gpt_neo"):
+        words = r"does more with its cache|torch\.export refuses"
+        with pytest.raises(qcompiler.errors.BadInput, match=words):
+            qcompiler.capture(module, example, cache=True)
+        return
+    program = qcompiler.capture(module, example, cache=True)
+    ids = torch.randint(4, 100, (3, 12), generator=torch.Generator().manual_seed(3))
+    past, logits = None, []
+    for start, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
+        out = program(ids[:, start:end], past_key_values=past)
+        past = out.past_key_values
+        logits.append(out.logits)
+    with torch.no_grad():
+        whole = module(input_ids=ids, use_cache=False).logits
+    assert relative_error(whole, torch.cat(logits, 1)) < 2e-6
 
 
 def _words(source: str) -> set[str]:
