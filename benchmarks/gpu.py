@@ -41,6 +41,8 @@ GROUP = 128
 PREFILL = 4096
 COLD = 192 << 20
 """Bytes of weights that the calls of a graph go through at least."""
+CALLS = 8
+"""Calls of a graph, at least."""
 REPLAYS = 15
 TARGETS = {"w4a16 1": 3.2, "w4a16 16": 2.5, "fp8 4096": 1.6, "int8 4096": 1.6}
 """Times as fast as bfloat16, over the linears of a layer."""
@@ -110,9 +112,10 @@ def copies_for(*tensors: Tensor) -> int:
 
 
 def many(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """Copies of a weight, enough to be cold."""
+    """Copies of a weight, enough to be cold, and calls that a graph's own start is nothing to."""
     first = make()
-    return [first, *(make() for _ in range(copies_for(*first) - 1))]
+    copies = [first, *(make() for _ in range(copies_for(*first) - 1))]
+    return copies * -(-CALLS // len(copies))
 
 
 def floats(out: int, width: int) -> tuple[Tensor, ...]:
@@ -136,19 +139,17 @@ def int4pack(out: int, width: int) -> tuple[Tensor, ...]:
 
 
 def octets(out: int, width: int, fp8: bool) -> tuple[Tensor, ...]:
-    """Random 8-bit codes, and a scale for each row."""
-    shape = (layout.padded(out, layout.ROWS), layout.padded(width, layout.INNER))
-    codes = torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
-    if fp8:
-        codes = torch.randn(shape, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
-    scale = torch.rand(out, device="cuda").add_(0.5).mul_(width**-0.5 / (1 if fp8 else 74))
-    return codes, scale
+    """Codes of the numbers that bfloat16 multiplies, and a scale for each row. (Products of codes
+    that are as often large as small draw more power, and run slower.)"""
+    codes, scale = torch.ops.qc_triton.round_rows(*floats(out, width), None, fp8)
+    return layout.pack_rows(codes), scale[:, 0]
 
 
 def numbers(weight: tuple[Tensor, ...], out: int, width: int) -> Tensor:
     """4-bit weights in float32."""
     found = layout.unpack_units(weight[0], out, width, 4).float() - 8
-    return found * weight[1][:, :out].t().float().repeat_interleave(GROUP, 1)[:, :width]
+    scale = layout.unpack_scales(weight[1], out).float()
+    return found * scale.repeat_interleave(GROUP, 1)[:, :width]
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -173,6 +174,7 @@ def decode_one(
     plain = many(lambda: floats(out, width))
     short, byte = many(lambda: units(out, width, 4, 16)), many(lambda: units(out, width, 4, 8))
     long, torchs = many(lambda: units(out, width, 8, 16)), many(lambda: int4pack(out, width))
+    octet = many(lambda: octets(out, width, False))
 
     def w4a16(i: int) -> Tensor:
         return ops.linear_decoded(x, None, *short[i], None, None, GROUP, out, "int4", x.dtype)
@@ -185,6 +187,9 @@ def decode_one(
     def w8a16(i: int) -> Tensor:
         return ops.linear_decoded(x, None, *long[i], None, None, width, out, "int8", x.dtype)
 
+    def w8a8(i: int) -> Tensor:
+        return ops.linear_scaled(*ops.round_rows(x, None, False), *octet[i], None, out, x.dtype)
+
     error = off(w4a16(0), x.float() @ numbers(short[0], out, width).t())
     found = race({
         "bf16": (lambda i: torch.nn.functional.linear(x, *plain[i]), len(plain)),
@@ -195,10 +200,11 @@ def decode_one(
         "w4a16": (w4a16, len(short)),
         "w4a8": (w4a8, len(byte)),
         "w8a16": (w8a16, len(long)),
+        "w8a8": (w8a8, len(octet)),
     })  # fmt: skip
     weights = {
         "bf16": plain[0], "torch int4pack": torchs[0], "w4a16": short[0], "w4a8": byte[0],
-        "w8a16": long[0],
+        "w8a16": long[0], "w8a8": octet[0],
     }  # fmt: skip
     for kernel, seconds in found.items():
         size = sum(t.numel() * t.element_size() for t in weights[kernel])
@@ -243,9 +249,9 @@ def prefill_one(results: Results, hidden: int, name: str, out: int, width: int) 
 
     runs: dict[str, tuple[Run, int]] = {}
     for kind in kinds:
-        runs[kind] = (partial(lambda kind, i: scaled(kind), kind), 1)
-        runs[f"torch {kind}"] = (partial(lambda kind, i: library(kind), kind), 1)
-    found = race({"bf16": (lambda i: torch.nn.functional.linear(x, *plain), 1)} | runs)
+        runs[kind] = (partial(lambda kind, i: scaled(kind), kind), CALLS)
+        runs[f"torch {kind}"] = (partial(lambda kind, i: library(kind), kind), CALLS)
+    found = race({"bf16": (lambda i: torch.nn.functional.linear(x, *plain), CALLS)} | runs)
     for kernel, seconds in found.items():
         error = {}
         if kernel in weights:
@@ -275,7 +281,8 @@ def summary(
 
 
 def hadamard(results: Results, hidden: int) -> None:
-    """What the transform adds to the rounding of activations, beside the int8 linear behind it."""
+    """What the transform adds where activations are rounded and an int8 linear reads them, as a
+    share of that linear."""
     for name in ("out", "down"):
         out, width = (int(n * hidden) for n in LINEARS[name])
         weights = many(partial(octets, out, width, False))
@@ -294,14 +301,15 @@ def hadamard_one(
     assert not isinstance(made, str)
     right = made.cuda()
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-    codes, scales = ops.round_rows(x, None, False)
+
+    def linear(i: int, codes: Tensor, scales: Tensor) -> Tensor:
+        return ops.linear_scaled(codes, scales, *weights[i], None, out, x.dtype)
+
+    rounded = ops.round_rows(x, None, False)
     found = race({
-        "round": (lambda i: ops.round_rows(x, None, False), 20),
-        "turn": (lambda i: ops.turn_rows(x, right, None, False), 20),
-        "linear": (
-            lambda i: ops.linear_scaled(codes, scales, *weights[i], None, out, x.dtype),
-            len(weights),
-        ),
+        "linear": (lambda i: linear(i, *rounded), len(weights)),
+        "round": (lambda i: linear(i, *ops.round_rows(x, None, False)), len(weights)),
+        "turn": (lambda i: linear(i, *ops.turn_rows(x, right, None, False)), len(weights)),
     })  # fmt: skip
     share = (found["turn"] - found["round"]) / found["linear"]
     results.add(

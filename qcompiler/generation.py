@@ -64,9 +64,10 @@ def _written(
     stop: Collection[int],
     seed: int,
 ) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor(sorted(stop), dtype=input_ids.dtype)
-    ended = torch.zeros(len(input_ids), dtype=torch.bool)
+    where = input_ids.device
+    generator = torch.Generator(where).manual_seed(seed)
+    ends = torch.tensor(sorted(stop), dtype=input_ids.dtype, device=where)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=where)
     last, past, tokens = input_ids[:, -1], None, input_ids
     for _ in range(count):
         found = model(input_ids=tokens, **{PAST: past})

@@ -14,23 +14,33 @@ from qcompiler.edit import copy_graph
 from qcompiler.errors import BackendError, BadInput
 from qcompiler.program import Program
 from qcompiler.samples import Flat
+from qcompiler.states import states
 
 Outputs = tuple[object, ...]
 
 
 class TritonArtifact(ProgramArtifact):
-    """Runs on `device`; inputs on the CPU are copied there, and their outputs back."""
+    """Runs on `device`; inputs on the CPU are copied there, and their outputs back. What is carried
+    from call to call (caches) stays there."""
 
     def __init__(self, program: Program, device: torch.device) -> None:
         super().__init__(moved(program, device))
         self.device = device
+        found = list(states(program))
+        carried, longer = {s.input for s in found}, {s.path[-1] for s in found}
+        self._begin = [i for i, node in enumerate(program.inputs) if node not in carried]
+        outputs: Any = program.graph.output_node().args[0]
+        self._stay = [y in longer for y in outputs]
 
     def run(self, inputs: Flat) -> Outputs:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        home = device_of(tensors, self.device)
+        given = [x for i in self._begin if isinstance(x := inputs[i], Tensor)]
+        home = device_of(given, self.device)
         there = tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in inputs)
         outputs = self.program.flat(there)
-        return tuple(y.to(home) if isinstance(y, Tensor) else y for y in outputs)
+        return tuple(
+            y.to(home) if isinstance(y, Tensor) and not stays else y
+            for y, stays in zip(outputs, self._stay, strict=True)
+        )
 
     def capture_graph(self, inputs: Flat) -> Callable[[Flat], Outputs]:
         """A function that replays one run, for inputs of just these shapes: one launch for all

@@ -18,8 +18,6 @@ queries cost little; values are the right side of the second product.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -167,16 +165,17 @@ def decode_attention(
         return torch.zeros_like(q)
     q, keys, values, lengths = (t.contiguous() for t in (q, keys, values, lengths))
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
-    cache = (keys, values, k_scale.float().contiguous(), v_scale.float().contiguous())
+    k_scale, v_scale = (t.float().contiguous() for t in (k_scale, v_scale))
     kind = (q.dtype, keys.dtype, k_scale.shape[-1] == 1, v_scale.shape[-1] == 1, cos is None)
     *most, capacity, d = keys.shape  # which grows by a token in each step
     key = " ".join(map(str, ("attention", q.shape[1], *most, bucket(capacity), d, *kind)))
 
-    def run(config: Config, tokens: Tensor) -> Tensor:
-        return launch(config, q, *cache, tokens, cos, sin)
+    def full(config: Config, k: Tensor, v: Tensor) -> Tensor:
+        tokens = torch.full_like(lengths, capacity)
+        return launch(config, q, k, v, k_scale, v_scale, tokens, cos, sin)
 
-    full = partial(torch.full_like, lengths, keys.shape[2])
-    return run(best(key, keys, candidates(keys), lambda c: run(c, full())), lengths)
+    config = best(key, (keys, values), candidates(keys), full)
+    return launch(config, q, keys, values, k_scale, v_scale, lengths, cos, sin)
 
 
 def launch(

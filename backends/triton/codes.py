@@ -27,6 +27,8 @@ from qcompiler.backends.triton.runtime import interpreted
 INT4, FP4, INT8, E4M3, PLAIN = (tl.constexpr(i) for i in range(5))
 WHOLE, REAL = tl.constexpr(1), tl.constexpr(2)
 """Zero points: whole numbers from 0 to 127, or any."""
+LIFT = tl.constexpr(128.0)
+"""The bfloat16 whose last four bits count from 0 to 15."""
 EMULATED = tl.constexpr(interpreted())
 
 
@@ -125,6 +127,27 @@ def _pairs(
             add, "=r,r,r", [w, z], dtype=DTYPE.value, is_pure=True, pack=2
         )
     return w
+
+
+@triton.constexpr_function
+def lifting(j):
+    """PTX for plane j: $0 two bfloat16 128 + u, $1 two units."""
+    return f"""{{.reg .b32 t; mov.b32 t, $1; {_shift("t", -4 * j)}
+        lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xEA;}}"""
+
+
+@triton.jit
+def lifted(unit, j: tl.constexpr, DTYPE: tl.constexpr):
+    """LIFT + u of plane j of `INT4` in bfloat16: half the instructions of `decode`. In sums of
+    products LIFT costs some 5 of float32's 24 bits."""
+    tl.static_assert(tl.bfloat16 == DTYPE)
+    if EMULATED:
+        return cast(number(unit.to(tl.int32) >> (4 * j), INT4) + LIFT, DTYPE)
+    else:
+        asm: tl.constexpr = lifting(j)
+        return tl.inline_asm_elementwise(
+            asm, "=r,r", [unit], dtype=DTYPE.value, is_pure=True, pack=2
+        )
 
 
 @triton.jit

@@ -16,16 +16,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompiler.backends.triton.codes import cast, dot
-from qcompiler.backends.triton.operators import operator, rows_of
+from qcompiler.backends.triton.codes import EMULATED, cast, dot
+from qcompiler.backends.triton.operators import early, operator, rows_of
 from qcompiler.backends.triton.rows import buffers, encode, scale_of
+from qcompiler.backends.triton.runtime import processors
 from qcompiler.hadamard import core_size, hadamard
 
+LINE = tl.constexpr(64)
+"""Numbers of 16 bits in a line of the L2 cache."""
 WIDE = 32
 """What B is made from a smaller core."""
 TILE = 16
 """Sides of a product on the tensor cores are at least so long."""
+PROGRAMS = 4
+"""On each multiprocessor, where each has row after row."""
 SIDE = 256
 """Of the largest H_B; rows up to this length may be multiplied by the whole matrix."""
 LARGEST = 32768
@@ -64,19 +70,28 @@ def _butterflies(y, STRIDE: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _long(
-    x, right, given, codes, scales, norm, inner,
+def _prefetch(row, SIZE: tl.constexpr):
+    """Has a row of 16-bit numbers fetched from memory into the L2 cache."""
+    at = row + tl.arange(0, triton.next_power_of_2(SIZE // LINE)) * LINE % SIZE
+    if not EMULATED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _turn(
+    x, matrix, given, codes, scales, norm, inner,
     A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, FP8: tl.constexpr, PAD: tl.constexpr,
     WARPS: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
-    """One row for each program; A = 2^OUTER · 2^WARPS · 2 · 8, from far to near: what the product
-    leaves in a thread, in the warps, in a thread, and in the lanes of a warp."""
+    """A row of A · B; A = 2^OUTER · 2^WARPS · 2 · 8, from far to near: what the product leaves in a
+    thread, in the warps, in a thread, and in the lanes of a warp."""
     N: tl.constexpr = A * WIDE
-    row = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, A)[:, None], tl.arange(0, WIDE)[None, :]
-    inside = j < B
-    y = tl.load(x + row * A * B + i * B + j, mask=inside, other=0.0)
-    y = tl.reshape(_times(y, _matrix(right, B, WIDE)), (N,))
+    y = tl.load(x + i * B + j, mask=j < B, other=0.0)
+    y = tl.reshape(_times(y, matrix), (N,))
     y = _butterflies(y, N // 2, OUTER)
     y = _butterflies(y, 8 * WIDE, 1)
     # Threads hold what differs in the highest bits of a place; with neighbours among it, codes are
@@ -89,11 +104,39 @@ def _long(
     q = encode(y, y, given is None, FP8)
     q = tl.reshape(q, (1 << WARPS, 8, 2, 1 << OUTER, 2, WIDE // 2))
     q = tl.reshape(tl.permute(q, (3, 0, 4, 1, 5, 2)), (A, WIDE))
-    tl.store(codes + row * inner + i * B + j, q, mask=inside)
+    tl.store(codes + i * B + j, q, mask=j < B)
     tail = A * B + tl.arange(0, PAD)
-    none = tl.zeros((PAD,), codes.dtype.element_ty)
-    tl.store(codes + row * inner + tail, none, mask=tail < inner)
-    tl.store(scales + row, s)
+    tl.store(codes + tail, tl.zeros((PAD,), codes.dtype.element_ty), mask=tail < inner)
+    tl.store(scales, s)
+
+
+@triton.jit
+def _long(
+    x, right, given, codes, scales, rows, norm, inner,
+    A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, FP8: tl.constexpr, PAD: tl.constexpr,
+    WARPS: tl.constexpr, OUTER: tl.constexpr, LOOP: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One row, or, if few programs fit a multiprocessor, row after row, the next on its way from
+    memory while one is turned."""
+    matrix = _matrix(right, B, WIDE)
+    first = tl.program_id(0).to(tl.int64)
+    x += first * A * B
+    codes += first * inner
+    scales += first
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    if LOOP:
+        step = tl.num_programs(0).to(tl.int64)
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            if row + step < rows:
+                _prefetch(x + step * A * B, A * B)
+            _turn(x, matrix, given, codes, scales, norm, inner, A, B, WIDE, FP8, PAD, WARPS, OUTER)
+            x += step * A * B
+            codes += step * inner
+            scales += step
+    else:
+        _turn(x, matrix, given, codes, scales, norm, inner, A, B, WIDE, FP8, PAD, WARPS, OUTER)
 
 
 @triton.jit
@@ -136,12 +179,15 @@ def turn_rows(x: Tensor, right: Tensor, given: Tensor | None, fp8: bool) -> tupl
         )  # fmt: skip
         return codes, scales
     a, wide = width // b, triton.next_power_of_2(b)
-    warps = 4 if wide <= 2 * WIDE and a * wide <= LARGEST // 2 else 8
+    large = a * wide >= LARGEST // 2
+    warps = 8 if wide > 2 * WIDE or a * wide > LARGEST // 2 else 4
     divided = min(warps, a // TILE)
-    wrap(_long)[(count,)](
-        flat, right, given, codes, scales, width**-0.5, inner,
+    programs = min(count, PROGRAMS * processors(x.device)) if large else count
+    wrap(_long)[(programs,)](
+        flat, right, given, codes, scales, count, width**-0.5, inner,
         A=a, B=b, WIDE=wide, FP8=fp8, PAD=128, WARPS=_log(divided),
-        OUTER=_log(a // (TILE * divided)), num_warps=warps,
+        OUTER=_log(a // (TILE * divided)), LOOP=programs < count, num_warps=warps, num_stages=1,
+        **early(x),
     )  # fmt: skip
     return codes, scales
 

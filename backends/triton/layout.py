@@ -17,7 +17,8 @@ A tile of R rows is one run of bytes in each block: every byte that is fetched i
 16 bytes. Rows are padded to a multiple of 128 and inputs to a block, with zeros, so that weights
 are read without masks. Codes of 4-bit integers are stored with 8 added (0 … 15).
 
-Scales and zero points are (groups, padded rows): those of neighbouring rows are neighbours.
+Scales and zero points are (groups, padded rows). Of 16 rows, r and r + 8 are neighbours, since one
+thread wants both (`fragments.py`): 0, 8, 1, 9, 2, …
 """
 
 from __future__ import annotations
@@ -62,9 +63,15 @@ def pack_scales(scale: Tensor, rows: int, groups: int) -> Tensor:
     """Scales (rows or 1, groups or 1) as (groups, padded rows), zeros behind the end; float16 where
     it holds them exactly."""
     pad = (0, groups - scale.shape[1], 0, padded(rows, ROWS) - rows)
-    full = torch.nn.functional.pad(scale.float().expand(rows, -1), pad).t().contiguous()
+    full = torch.nn.functional.pad(scale.float().expand(rows, -1), pad).t()
+    full = full.reshape(groups, -1, 2, 8).transpose(2, 3).flatten(1)
     half = full.half()
     return half if torch.equal(half.float(), full) else full
+
+
+def unpack_scales(packed: Tensor, rows: int) -> Tensor:
+    """The inverse of `pack_scales`: (rows, groups)."""
+    return packed.reshape(len(packed), -1, 8, 2).transpose(2, 3).flatten(1)[:, :rows].t()
 
 
 def pack_rows(codes: Tensor) -> Tensor:

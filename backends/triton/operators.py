@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from qcompiler.backends.triton.runtime import device, interpreted, unavailable
+from qcompiler.backends.triton.runtime import capability, device, interpreted, unavailable
 from qcompiler.errors import BackendError
 
 Result = TypeVar("Result")
@@ -53,6 +53,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def linear_shape(x: Tensor, out: int) -> Tensor:
-    """An empty output of a linear with `out` rows."""
-    return x.new_empty((*x.shape[:-1], out))
+def early(x: Tensor) -> dict[str, bool]:
+    """Options with which a kernel starts while the one in front of it ends: on Hopper and later
+    ones (programmatic dependent launch); compilers do not know such launches."""
+    if traced(x) or capability(x.device)[0] < 9:
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a compiler looks at a launch, rather than that it runs."""
+    return type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()

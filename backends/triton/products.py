@@ -7,50 +7,57 @@ one scale (`ONE`), else over a group, a block at a time.
 
 `few`    a few tokens, where reading the weight is what takes time. Each warp of a program takes
          blocks of its own, so that a multiprocessor has much in flight while a program has few
-         rows; their sums are added at the end. Products of one warp's own (mma), also on Hopper.
+         rows; their sums are added at the end. Products of one warp's own (mma), also on Hopper,
+         of numbers that are loaded where they are wanted (`fragments.py`): no warp waits for
+         another. `LATE`: zero points are taken off the sums of a group, not off each number.
 `many`   all warps share each product; on Hopper one of four warps (wgmma, weights in registers).
 
-On Hopper both start while the kernel in front of them ends (programmatic dependent launch).
+Scales come a block ahead, as nothing else hides how long they take. On Hopper both start while the
+kernel in front of them ends (programmatic dependent launch).
 """
+
+# Tuples grow while triton reads a kernel; of that it takes no annotation.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompiler.backends.triton.codes import cast, decode, dot
-from qcompiler.backends.triton.runtime import capability
-from qcompiler.backends.triton.tune import traced
+from qcompiler.backends.triton.codes import EMULATED, LIFT, PLAIN, cast, decode, dot, lifted
+from qcompiler.backends.triton.fragments import (
+    beside,
+    factor,
+    lanes_of,
+    rows_of,
+    sides_of,
+    spread,
+    warps_of,
+)
 
-LINE = tl.constexpr(64)
-"""Units of 16 bits in a line of the L2 cache."""
 VARIED = ("tokens", "blocks", "part")
 """Sizes for whose values no kernel is compiled anew."""
 
 
-def may_start_early(weight: Tensor) -> bool:
-    """Whether a kernel on this weight can be launched so; compilers do not know such launches."""
-    return not traced(weight) and capability(weight.device)[0] >= 9
-
-
 @triton.jit
-def _early(
-    units, start, block_step, row_step,
-    LANES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
+def _fetch(
+    units, scale, zero, block, end, step, padded,
+    SPAN: tl.constexpr, SHARED: tl.constexpr, PLANES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Before the kernel in front is done: ask for what it does not write, the first weights of this
-    program, and let the kernel behind come as early. Nothing is written or read before the wait."""
-    gdc_launch_dependents()
-    g, n = tl.arange(0, WARPS)[:, None, None], tl.arange(0, ROWS)[None, :, None]
-    p = tl.arange(0, max(LANES // LINE, 1))[None, None, :] * LINE
-    at = units + (start + g) * block_step + (tl.program_id(0) * ROWS + n) * row_step + p
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-    gdc_wait()
+    """What warps decode of blocks from `block` on: units, and scales and zero points of each group
+    of a block."""
+    w = block + warps_of(WARPS)
+    unit = tl.load(units + w * step, mask=w < end, other=0, eviction_policy="evict_first")
+    g = block + tl.arange(0, WARPS)[None, None, :, None, None]
+    scales, zeros = (), ()
+    for first in tl.static_range(0, PLANES, SHARED):
+        side = (g * PLANES + first) // SPAN * padded
+        if scale is not None:
+            scales += (tl.load(scale + side, mask=g < end, other=0),)
+        if zero is not None:
+            zeros += (tl.load(zero + side, mask=g < end, other=0),)
+    return unit, scales, zeros
 
 
 @triton.jit(do_not_specialize=VARIED)
@@ -60,49 +67,83 @@ def few(
     SPAN: tl.constexpr, SHARED: tl.constexpr, PLANES: tl.constexpr, LANES: tl.constexpr,
     KIND: tl.constexpr, ZERO: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
-    EARLY: tl.constexpr,
+    LATE: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of (rows, tokens), summed over `part` blocks from program_id(2) on. Blocks of a row
     are `block_step` units apart, rows `row_step`; SPAN is a group in planes, and SHARED planes of a
-    block have one scale."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    p, g = tl.arange(0, LANES), tl.arange(0, WARPS)
-    start = tl.program_id(2) * part
-    if EARLY:
-        _early(units, start, block_step, row_step, LANES, WARPS, ROWS)
-    left = units + (g * block_step)[:, None, None] + n[None, :, None] * row_step + p[None, None, :]
-    token = tl.minimum(m, tokens - 1)[None, None, :] * width
-    inner = (g * PLANES * LANES)[:, None, None] + p[None, :, None]
+    block have one scale. While a block is decoded, the next is on its way."""
+    EACH: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
+    start = tl.program_id(2) * part
+    end = tl.minimum(start + part, blocks)
+    n0, m0 = tl.program_id(0) * ROWS, tl.program_id(1) * TOKENS
+    lanes = lanes_of(LANES, EACH)
+    left = units + (n0 + rows_of(ROWS)) * row_step + lanes
+    inner = warps_of(WARPS) * (PLANES * LANES) + lanes
+    right = x + tl.minimum(m0 + rows_of(TOKENS), tokens - 1) * width + inner
+    s_at = None if ONE else scale + n0 + sides_of(ROWS)
+    z_at = zero + n0 + sides_of(ROWS) if ZERO else None
+    if EARLY:
+        gdc_launch_dependents()
+    # No kernel of ours writes weights: the first are asked for before the one in front is done.
+    ahead = _fetch(left, s_at, z_at, start, end, block_step, padded, SPAN, SHARED, PLANES, WARPS)
+    if EARLY:
+        gdc_wait()
     acc = tl.zeros((WARPS, ROWS, TOKENS), SUM if ONE else tl.float32)
-    for block in range(start, tl.minimum(start + part, blocks), WARPS):
-        inside = (block + g < blocks)[:, None]
-        if EVEN:
-            unit = tl.load(left + block * block_step)
-        else:
-            unit = tl.load(left + block * block_step, mask=inside[:, :, None], other=0)
+    for block in range(start, end, WARPS):
+        unit, scales, zeros = ahead
+        ahead = _fetch(
+            left, s_at, z_at, block + WARPS, end, block_step, padded, SPAN, SHARED, PLANES, WARPS
+        )
+        if ORDERED and not EMULATED:
+            # Else the compiler may move these loads behind what is computed, for want of registers.
+            tl.inline_asm_elementwise(
+                "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            )
+        rights = ()
+        for j in tl.static_range(PLANES):
+            k = (block * PLANES + j) * LANES
+            if EVEN:
+                a = tl.load(right + k)
+            else:
+                a = tl.load(right + k, mask=k + inner < width, other=0.0)
+            rights += (tl.permute(factor(a, EACH), (0, 2, 1)),)
+        unit = factor(unit, EACH)
         for first in tl.static_range(0, PLANES, SHARED):
-            side = (((block + g) * PLANES + first) // SPAN * padded)[:, None] + n[None, :]
             z = 0
-            if not ONE:
-                s = tl.load(scale + side, mask=None if EVEN else inside, other=None if EVEN else 0)
-            if ZERO:
-                z = tl.load(zero + side, mask=None if EVEN else inside, other=None if EVEN else 0)
-                z = z[:, :, None]
+            if ZERO and not LATE:
+                z = spread(zeros[first // SHARED], LANES // (4 * EACH), EACH)
             sums = acc if ONE else tl.zeros((WARPS, ROWS, TOKENS), SUM)
+            # What all rows must take away: the sum of activations, by 16 rows of ones.
+            plain = tl.zeros((WARPS, 16, TOKENS), SUM)
             for j in tl.static_range(first, first + SHARED):
-                k = (block * PLANES + j) * LANES + inner
-                if EVEN:
-                    a = tl.load(x + token + k)
+                if LATE:
+                    sums = dot(lifted(unit, j, DTYPE), rights[j], sums)
+                    plain = dot(tl.full((WARPS, 16, LANES), 1.0, DTYPE), rights[j], plain)
                 else:
-                    a = tl.load(x + token + k, mask=k < width, other=0.0)
-                sums = dot(decode(unit, z, j, KIND, ZERO, DTYPE), a, sums)
+                    sums = dot(decode(unit, z, j, KIND, ZERO, DTYPE), rights[j], sums)
+            if LATE:
+                lift = LIFT + 8.0
+                if ZERO:
+                    lift = LIFT + spread(zeros[first // SHARED], TOKENS // 8, 2).to(tl.float32)
+                plain = tl.broadcast_to(plain[:, None, :, :], (WARPS, ROWS // 16, 16, TOKENS))
+                sums -= lift * tl.reshape(plain, (WARPS, ROWS, TOKENS))
             if ONE:
                 acc = sums
             else:
-                acc += sums.to(tl.float32) * s.to(tl.float32)[:, :, None]
-    _finish(tl.sum(acc, 0), x_scale, scale, bias, y, n, m, tokens, rows, ONE)
+                s = spread(scales[first // SHARED], TOKENS // 8, 2)
+                acc += sums.to(tl.float32) * s.to(tl.float32)
+    n, m = n0 + tl.arange(0, ROWS), m0 + tl.arange(0, TOKENS)
+    _finish(tl.sum(acc, 0), x_scale, scale, bias, y, n, m, tokens, rows, ONE, KIND)
+
+
+@triton.jit
+def _scales(at, block, padded, SPAN: tl.constexpr, SHARED: tl.constexpr, PLANES: tl.constexpr):
+    """Those of each group of a block."""
+    found = ()
+    for first in tl.static_range(0, PLANES, SHARED):
+        found += (tl.load(at + (block * PLANES + first) // SPAN * padded),)
+    return found
 
 
 @triton.jit(do_not_specialize=VARIED)
@@ -118,19 +159,27 @@ def many(
     m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     p = tl.arange(0, LANES)
     start = tl.program_id(2) * part
-    if EARLY:
-        _early(units, start, block_step, row_step, LANES, 1, ROWS)
+    end = tl.minimum(start + part, blocks)
     left = units + n[:, None] * row_step + p[None, :]
     right = x + tl.minimum(m, tokens - 1).to(tl.int64)[None, :] * width + p[:, None]
+    s_at = scale + beside(n)
+    if EARLY:
+        gdc_launch_dependents()
+    ahead = () if ONE else _scales(s_at, start, padded, SPAN, SHARED, PLANES)
+    if EARLY:
+        gdc_wait()
     SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
     acc = tl.zeros((ROWS, TOKENS), SUM if ONE else tl.float32)
-    for block in range(start, tl.minimum(start + part, blocks)):
+    for block in range(start, end):
         unit = tl.load(left + block * block_step)
+        scales = ahead
+        if not ONE:
+            ahead = _scales(s_at, tl.minimum(block + 1, end - 1), padded, SPAN, SHARED, PLANES)
         for first in tl.static_range(0, PLANES, SHARED):
-            side = (block * PLANES + first) // SPAN * padded + n
             z = 0
             if ZERO:
-                z = tl.load(zero + side)[:, None]
+                side = (block * PLANES + first) // SPAN * padded
+                z = tl.load(zero + side + beside(n))[:, None]
             sums = acc if ONE else tl.zeros((ROWS, TOKENS), SUM)
             for j in tl.static_range(first, first + SHARED):
                 k = (block * PLANES + j) * LANES
@@ -142,18 +191,21 @@ def many(
             if ONE:
                 acc = sums
             else:
-                acc += sums.to(tl.float32) * tl.load(scale + side).to(tl.float32)[:, None]
-    _finish(acc, x_scale, scale, bias, y, n, m, tokens, rows, ONE)
+                acc += sums.to(tl.float32) * scales[first // SHARED].to(tl.float32)[:, None]
+    _finish(acc, x_scale, scale, bias, y, n, m, tokens, rows, ONE, KIND)
 
 
 @triton.jit
-def _finish(acc, x_scale, scale, bias, y, n, m, tokens, rows, ONE: tl.constexpr):
+def _finish(
+    acc, x_scale, scale, bias, y, n, m, tokens, rows, ONE: tl.constexpr, KIND: tl.constexpr
+):
     """Scales of tokens, and of rows that have one, bias and the store of a tile (rows, tokens)."""
     acc = acc.to(tl.float32)
     if x_scale is not None:
         acc *= tl.load(x_scale + m, mask=m < tokens, other=0.0)[None, :]
     if ONE:
-        acc *= tl.load(scale + n).to(tl.float32)[:, None]
+        at = n if KIND == PLAIN else beside(n)
+        acc *= tl.load(scale + at).to(tl.float32)[:, None]
     if bias is not None:
         acc += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
     at = (tl.program_id(2).to(tl.int64) * tokens + m[None, :]) * rows + n[:, None]

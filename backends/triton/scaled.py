@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompiler.backends.triton.codes import PLAIN, cast
-from qcompiler.backends.triton.operators import operator, rows_of
-from qcompiler.backends.triton.products import few, may_start_early
+from qcompiler.backends.triton.operators import early, operator, rows_of
+from qcompiler.backends.triton.products import few
 from qcompiler.backends.triton.runtime import capability, processors
 from qcompiler.backends.triton.tune import Config, best, bucket
 
@@ -52,8 +53,11 @@ def _finish(
 def _pointers(
     x, x_scale, weight, scale, bias, y, tokens, width, rows,
     SUM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
-    BAND: tl.constexpr,
+    BAND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     m0, n0 = _place(tl.program_id(0), tokens, rows, TOKENS, ROWS, BAND)
     m = tl.minimum(m0 + tl.arange(0, TOKENS), tokens - 1).to(tl.int64)
     n = (n0 + tl.arange(0, ROWS)).to(tl.int64)
@@ -72,11 +76,14 @@ def _pointers(
 def _descriptors(
     x, x_scale, weight, scale, bias, y, tokens, width, rows, padded,
     SUM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
-    BAND: tl.constexpr,
+    BAND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     left = tl.make_tensor_descriptor(x, [tokens, width], [width, 1], [TOKENS, INNER])
     right = tl.make_tensor_descriptor(weight, [padded, width], [width, 1], [ROWS, INNER])
     tiles = tl.cdiv(tokens, TOKENS) * tl.cdiv(rows, ROWS)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m0, n0 = _place(tile, tokens, rows, TOKENS, ROWS, BAND)
         acc = tl.zeros((TOKENS, ROWS), SUM)
@@ -105,14 +112,15 @@ def linear_scaled(
         return y
     if x.dtype == torch.uint8:
         flat, weight = flat.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
-    given = (flat, x_scale, weight, scale, bias, y, rows)
+    given = (flat, x_scale, scale, bias, y, rows)
     key = f"scaled {bucket(flat.shape[0])} {tuple(weight.shape)} {flat.dtype} {dtype}"
-    launch(best(key, weight, candidates(flat, weight), lambda c: launch(c, *given)), *given)
+    config = best(key, (weight,), candidates(flat, weight), lambda c, w: launch(c, w, *given))
+    launch(config, weight, *given)
     return y
 
 
 def launch(
-    config: Config, x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    config: Config, weight: Tensor, x: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None,
     y: Tensor, rows: int,
 ) -> None:  # fmt: skip
     tokens, width = x.shape
@@ -120,20 +128,18 @@ def launch(
     options = {
         "SUM": tl.int32 if x.dtype == torch.int8 else tl.float32,
         "TOKENS": config.tokens, "ROWS": config.rows, "INNER": config.inner, "BAND": BAND,
-        "num_warps": config.warps, "num_stages": config.stages,
+        "num_warps": config.warps, "num_stages": config.stages, **early(weight),
     }  # fmt: skip
     wrap = torch.library.wrap_triton
     if config.apart:
         blocks = width // FEW_LANES
-        even = blocks % config.warps == 0
-        early = even and may_start_early(weight)
         wrap(few)[(triton.cdiv(rows, config.rows), triton.cdiv(tokens, config.tokens), 1)](
             x, x_scale, weight, scale, None, bias, y,
             tokens, width, rows, 0, FEW_LANES, width, blocks, triton.cdiv(blocks, config.warps)
-            * config.warps, SPAN=blocks, SHARED=1, PLANES=1, LANES=FEW_LANES, KIND=PLAIN.value,
-            ZERO=0, ONE=True, EVEN=even, DTYPE=tl.int8, ROWS=config.rows, TOKENS=config.tokens,
-            WARPS=config.warps, EARLY=early, num_warps=config.warps, num_stages=config.stages,
-            **({"launch_pdl": True} if early else {}),
+            * config.warps, SPAN=1, SHARED=1, PLANES=1, LANES=FEW_LANES, KIND=PLAIN.value,
+            ZERO=0, ONE=True, EVEN=blocks % config.warps == 0, DTYPE=tl.int8, ROWS=config.rows,
+            TOKENS=config.tokens, WARPS=config.warps, LATE=False, ORDERED=config.ordered,
+            num_warps=config.warps, num_stages=1, **early(weight),
         )  # fmt: skip
     elif config.descriptors:
         triton.set_allocator(
@@ -152,11 +158,14 @@ def candidates(x: Tensor, weight: Tensor) -> list[Config]:
     """The first fits every GPU; those with descriptors are for Hopper and later ones."""
     tokens = x.shape[0]
     if tokens <= 16:
-        wide = 1 if tokens == 1 else max(8, bucket(tokens))
         apart = [
-            Config(rows, wide, FEW_LANES, warps=warps, stages=stages, apart=True)
-            for rows, warps, stages in ((16, 4, 3), (16, 8, 2), (16, 8, 3), (32, 4, 3), (32, 8, 3))
-        ]
+            Config(
+                rows, max(8, bucket(tokens)), FEW_LANES, warps=warps, stages=1, apart=True,
+                ordered=ordered,
+            )
+            for rows, warps in ((16, 4), (16, 8), (32, 4), (32, 8))
+            for ordered in (False, True)
+        ]  # fmt: skip
         return [
             Config(64, 16, 128, stages=4),
             Config(32, 16, 128, warps=2, stages=5),

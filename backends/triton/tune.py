@@ -1,9 +1,9 @@
 """Which tile sizes a launch gets: the fastest of a few candidates on this GPU, remembered.
 
-Measured once for each device, kernel and shape (tokens in powers of two), by CUDA events with the
-L2 cache emptied before each run, as the weights of a network find it; the times are kept in the
-user's cache folder. Where nothing can be measured (in the interpreter, in a trace, while a CUDA
-graph is captured) the answer that is known serves, else the first candidate.
+Measured once for each device, kernel and shape (tokens in powers of two), as launches behind one
+another in a CUDA graph, on copies of the weight that no cache holds together: as in a network. The
+times are kept in the user's cache folder. Where nothing can be measured (in the interpreter, in a
+trace, while a CUDA graph is captured) the answer that is known serves, else the first candidate.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from qcompiler.backends.triton.operators import traced
 from qcompiler.costs.cache import Cache, cache_folder
 
-RUNS = 7
-FLUSH = 256 << 20
-"""Bytes that are written before each run; more than the L2 cache of any GPU."""
+REPLAYS = 7
+LEAST, MOST = 8, 64
+"""Launches of a graph: beside fewer its own start would count, more would take long."""
+CACHES = 2
+"""L2 caches that copies of a weight fill."""
 
 SMALL = 1 << 20
 """Bytes of a weight for which compiling the candidates would take longer than they could save."""
@@ -43,12 +46,16 @@ class Config:
     """Whether tiles are loaded by the tensor memory accelerator (Hopper)."""
     apart: bool = False
     """Whether each warp sums over inputs of its own."""
+    late: bool = False
+    """Whether zero points are taken off sums of groups."""
+    ordered: bool = False
+    """Whether what comes next is asked for first, whatever registers that takes."""
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.tokens}x{self.inner}", f"{self.split} parts"]
         words += [f"{self.warps} warps", f"{self.stages} stages"]
-        flags = {"descriptors": self.descriptors, "apart": self.apart}
-        return " ".join(words + [name for name, on in flags.items() if on])
+        flags = ("descriptors", "apart", "late", "ordered")
+        return " ".join(words + [name for name in flags if getattr(self, name)])
 
 
 def bucket(tokens: int) -> int:
@@ -57,11 +64,12 @@ def bucket(tokens: int) -> int:
 
 
 def best(
-    key: str, weight: Tensor, candidates: Sequence[Config], run: Callable[[Config], object]
+    key: str, cold: Sequence[Tensor], candidates: Sequence[Config], run: Callable[..., object]
 ) -> Config:
-    """The fastest of `candidates` for a launch on `weight` that `key` describes."""
-    first = candidates[0]
-    if weight.device.type != "cuda" or weight.numel() * weight.element_size() < SMALL:
+    """The fastest of `candidates` for a launch that `key` describes: run(config, *cold), on tensors
+    that come from memory."""
+    first, weight = candidates[0], cold[0]
+    if weight.device.type != "cuda" or size(weight) < SMALL:
         return first
     cache = _cache(torch.cuda.get_device_name(weight.device))
     known = cache.get(key)
@@ -69,14 +77,9 @@ def best(
         return min(candidates, key=lambda c: known[str(c)])
     if traced(weight) or torch.cuda.is_current_stream_capturing() or len(candidates) == 1:
         return first
-    times = {str(c): seconds(partial(run, c)) for c in candidates}
+    times = {str(c): seconds(partial(run, c), *cold) for c in candidates}
     cache.put(key, times)
     return min(candidates, key=lambda c: times[str(c)])
-
-
-def traced(tensor: Tensor) -> bool:
-    """Whether a compiler looks at a launch, rather than that it runs."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
 
 
 def remembered(key: str, measure: Callable[[], float]) -> float:
@@ -89,25 +92,61 @@ def remembered(key: str, measure: Callable[[], float]) -> float:
     return known
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Seconds of `run` on the GPU, median; infinite if it does not fit there."""
+def size(tensor: Tensor) -> int:
+    """Bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def seconds(run: Callable[..., object], *cold: Tensor, capture: bool = True) -> float:
+    """Seconds of run(*cold) on the GPU, median; infinite if it does not fit there. What waits for
+    the GPU, or copies to it, cannot be captured in a graph."""
     try:
-        run()
+        run(*cold)
     except Exception as error:
         if _too_large(error):
             return float("inf")
         raise
-    scratch = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    sets = _copies(cold)
+
+    def each() -> None:
+        for tensors in sets:
+            run(*tensors)
+
+    again = _captured(each) if capture else each
     times = []
-    for _ in range(RUNS):
+    for _ in range(1 + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        scratch.zero_()
         start.record()
-        run()
+        again()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return float(statistics.median(times))
+        times.append(start.elapsed_time(end) * 1e-3 / len(sets))
+    return float(statistics.median(times[1:]))
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Replays what `run` launches."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin()
+        run()
+        graph.capture_end()
+    return graph.replay
+
+
+def _copies(cold: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The tensors and copies of them, until they fill caches, or memory is full; again and again
+    if these are few."""
+    cache = torch.cuda.get_device_properties(cold[0].device).L2_cache_size
+    wanted = min(-(-CACHES * cache // sum(map(size, cold))), MOST)
+    sets = [tuple(cold)]
+    try:
+        while len(sets) < wanted:
+            sets.append(tuple(t.clone() for t in cold))
+    except torch.cuda.OutOfMemoryError:
+        pass
+    return sets * -(-LEAST // len(sets))
 
 
 def _too_large(error: Exception) -> bool:
@@ -119,5 +158,5 @@ def _too_large(error: Exception) -> bool:
 def _cache(device: str) -> Cache:
     import triton
 
-    about = {"gpu": device, "triton": triton.__version__, "layout": "2"}
+    about = {"gpu": device, "triton": triton.__version__, "layout": "3"}
     return Cache(cache_folder("triton"), about)

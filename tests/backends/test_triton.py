@@ -57,10 +57,14 @@ GROUPED = {"SPAN": 2, "SHARED": 2, "PLANES": 4, "LANES": 64, "ONE": False}
 GROUPED |= {"EVEN": True, "EARLY": False}
 SHORT = GROUPED | {"DTYPE": tl.bfloat16, "x_scale": None}
 BYTES = GROUPED | {"PLANES": 2, "DTYPE": tl.int8, "x": "*i8", "units": "*u8", "KIND": 0}
-FEW = {"ROWS": 32, "TOKENS": 1, "WARPS": 4}
+FEW = {"ROWS": 32, "TOKENS": 8, "WARPS": 4, "LATE": False, "ORDERED": False}
 MANY = {"ROWS": 64, "TOKENS": 64}
+LATE = FEW | {"LATE": True, "ORDERED": True}
 PLAIN = {"ZERO": 0, "zero": None}
 PRODUCT = {"SUM": tl.int32, "TOKENS": 64, "ROWS": 64, "INNER": 64, "BAND": 8, "bias": None}
+PRODUCT |= {"EARLY": False}
+EARLY = {"EARLY": True, "LOOP": True}
+ROUND = {"BLOCK": 4096, "given": None, "EARLY": False}
 HEAD = {"GROUP": 4, "QUERIES": 16, "D": 128, "WIDE": 128, "TILE": 64, "V_TOKEN": True}
 HEAD |= {"DTYPE": tl.bfloat16}
 ROTATED = {"FP8": False, "given": None}
@@ -72,6 +76,7 @@ KERNELS = {
         products.few,
         SHORT | FEW | {"KIND": 0, "ZERO": 2, "zero": "*fp16", "EVEN": False},
     ),
+    "int4, zero points late": (products.few, SHORT | LATE | {"KIND": 0, "ZERO": 1}),
     "int4, tiles": (products.many, SHORT | MANY | PLAIN | {"KIND": 0}),
     "fp4, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 1}),
     "fp4 with float16": (
@@ -86,11 +91,11 @@ KERNELS = {
     "started early": (products.few, SHORT | FEW | PLAIN | {"KIND": 0, "EARLY": True}),
     "int8 pointers": (scaled._pointers, PRODUCT | {"x": "*i8", "scale": "*fp32"}),
     "int8 descriptors": (scaled._descriptors, PRODUCT | {"x": "*i8", "scale": "*fp32"}),
-    "rounding to int8": (rows._round, {"FP8": False, "BLOCK": 4096, "given": None}),
-    "rounding to e4m3": (rows._round, {"FP8": True, "BLOCK": 4096, "given": None, "codes": "*u8"}),
+    "rounding to int8": (rows._round, ROUND | {"FP8": False}),
+    "rounding to e4m3": (rows._round, ROUND | {"FP8": True, "codes": "*u8"}),
     "hadamard": (
         hadamard._long,
-        ROTATED | {"A": 256, "B": 28, "WIDE": 32, "PAD": 128, "WARPS": 2, "OUTER": 2},
+        ROTATED | EARLY | {"A": 256, "B": 28, "WIDE": 32, "PAD": 128, "WARPS": 2, "OUTER": 2},
     ),
     "short hadamard": (
         hadamard._short,
@@ -100,7 +105,7 @@ KERNELS = {
     "attention, e4m3": (attention._parts, HEAD | STRAIGHT | {"K_TOKEN": False, "FP8": True}),
     "attention, keys to turn": (attention._parts, HEAD | {"K_TOKEN": False, "FP8": False}),
     "sums of attention": (attention._merge, {"D": 128, "PIECES": 16, "WIDE": 128}),
-    "sums of parts": (split._add, {"PARTS": 4, "BLOCK": 1024}),
+    "sums of parts": (split._add, {"PARTS": 4, "BLOCK": 1024, "EARLY": True}),
 }
 
 

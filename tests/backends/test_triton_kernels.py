@@ -18,7 +18,7 @@ from torch import Tensor
 import qcompiler
 from qcompiler.backends.triton import TritonBackend, layout, load_operators
 from qcompiler.backends.triton.kernels import KERNELS
-from qcompiler.backends.triton.runtime import device, unavailable
+from qcompiler.backends.triton.runtime import device, processors, unavailable
 from qcompiler.backends.triton.weights import Weight
 from qcompiler.check import relative_error
 from qcompiler.formats import Grid, QFormat
@@ -33,7 +33,7 @@ if reason := unavailable():
 load_operators()
 
 from qcompiler.backends.triton import attention, decoded, scaled  # noqa: E402
-from qcompiler.backends.triton.hadamard import factor  # noqa: E402
+from qcompiler.backends.triton.hadamard import PROGRAMS, factor  # noqa: E402
 from qcompiler.backends.triton.tune import Config  # noqa: E402
 
 OPS = torch.ops.qc_triton
@@ -201,16 +201,27 @@ def config_cases() -> list[tuple[str, Config]]:
         (name, replace(c, stages=1, warps=min(c.warps, 4)))
         for name in ("w4a16", "w8a16", "w4a8")
         for tokens in (1, 9, 50, 300)
-        for c in decoded.candidates(tokens)
+        for c in decoded.candidates(tokens, lifts=name == "w4a16")
     ]
     return list(dict.fromkeys(made))
 
 
-@pytest.mark.parametrize(("name", "config"), config_cases(), ids=str)
-def test_every_tile_size(name: str, config: Config) -> None:
+def formats(name: str, config: Config) -> list[str]:
+    if name == "w8a16":
+        return ["int8:channel"]
+    return (
+        ["int4:group64", "uint4:group64:asym", "int4:channel"] if config.late else ["int4:group64"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "fmt"),
+    [(name, config, fmt) for name, config in config_cases() for fmt in formats(name, config)],
+    ids=str,
+)
+def test_every_tile_size(name: str, config: Config, fmt: str) -> None:
     """Sums in parts, tiles larger than the matrix, rows that end inside a tile."""
-    fmt = QFormat.parse("int8:channel" if name == "w8a16" else "int4:group64")
-    q = nearest(torch.randn(150, 700), fmt)
+    q = nearest(torch.randn(150, 700), QFormat.parse(fmt))
     weight = KERNELS[name].prepare(q)
     t = {k: v.to(device()) for k, v in weight.tensors.items()}
     x, bias = short(1 if config.tokens == 1 else 3, 700), torch.randn(150)
@@ -220,8 +231,8 @@ def test_every_tile_size(name: str, config: Config) -> None:
         given, scales = OPS.round_rows(x.to(device()), None, False)
         wanted = (given.cpu()[:, :700] * scales.cpu()).double() @ q.dequantize(torch.float64).t()
         wanted += bias
-    sides = (t["units"], t["scale"], None, bias.to(device()), weight.group, 150, weight.kind)
-    y = decoded.launch(config, given, scales, *sides, x.dtype)
+    sides = (t["scale"], t.get("zero"), bias.to(device()), weight.group, 150, weight.kind)
+    y = decoded.launch(config, t["units"], given, scales, *sides, x.dtype)
     assert error(y, wanted) < CLOSE
 
 
@@ -252,7 +263,7 @@ def test_products_of_codes(kind: str, form: str) -> None:
     view = torch.float8_e4m3fn if fp8 else torch.int8
     y = torch.empty(70, 140, device=device())
     codes, w = codes.view(view), weight["weight"].to(device()).view(view)
-    scaled.launch(config, codes, scales, w, weight["scale"].to(device()), None, y, 140)
+    scaled.launch(config, w, codes, scales, weight["scale"].to(device()), None, y, 140)
     assert error(y, wanted) < (IN_FLIGHT if fp8 else CLOSE)
     if not fp8:  # sums are exact, so that no form is off another, and each number is rounded once
         sums = (codes.cpu().double() @ w.cpu().double().t())[:, :140].float()
@@ -326,6 +337,17 @@ def test_hadamard(n: int, kind: str, dtype: torch.dtype) -> None:
     # A code may fall to the other side of a tie, a step away.
     assert error(numbers, grid.round(y)) < 5e-3
     assert not codes[:, n:].any()
+
+
+def test_hadamard_row_after_row() -> None:
+    """More rows than programs that fit the device: each is what it is alone."""
+    right = factor(14336).to(device())
+    x = short(PROGRAMS * processors(device()) + 2, 14336).to(device(), torch.bfloat16)
+    together = OPS.turn_rows(x, right, None, False)
+    for i in (0, 1, len(x) - 2, len(x) - 1):
+        alone = OPS.turn_rows(x[i : i + 1], right, None, False)
+        for found, wanted in zip(alone, together, strict=True):
+            assert torch.equal(found[0], wanted[i])
 
 
 @pytest.mark.parametrize("n", [40, 1024])
@@ -451,6 +473,23 @@ def test_a_llama_is_the_reference(recipe: str, kernel: str, allowed: float) -> N
     if recipe == "w4a8-rotated":
         targets = [n.target for n in compiled.artifact.program.graph.nodes]
         assert OPS.turn_rows.default in targets, "the online Hadamard is not fused"
+
+
+def test_llama_goes_on_from_its_cache() -> None:
+    """Word for word it finds what it finds at once; what it carries stays on the device."""
+    module, example = zoo.build("llama")
+    compiled = qcompiler.compile(module, example, recipe="w4a16", backend="triton", cache=True)
+    assert not compiled.notes
+    ids = example[0] if isinstance(example, tuple) else example["input_ids"]
+    ids = ids[:1, :6]
+    whole, past = compiled(input_ids=ids).logits, None
+    for i in range(6):
+        found = compiled(input_ids=ids[:, i : i + 1], past_key_values=past)
+        past = found.past_key_values
+        assert error(found.logits[:, 0], whole[:, i].double()) < CLOSE
+    assert found.logits.device.type == "cpu" and past[0][0].device.type == device().type
+    written = compiled.generate(ids, count=3)
+    assert torch.equal(compiled.generate(ids.to(device()), count=3).cpu(), written)
 
 
 def test_an_artifact_saves_and_loads(tmp_path) -> None:
