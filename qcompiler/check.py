@@ -157,8 +157,9 @@ def relative_error(a: object, b: object) -> float:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """‖a - b‖ in float64. Places where both are the same NaN or infinity count as equal."""
-    a, b = a.double(), b.double()
+    """‖a - b‖ in float64, wherever they are. Places where both are the same NaN or infinity count
+    as equal."""
+    a, b = a.double(), b.to(a.device).double()
     same = (a == b) | (a.isnan() & b.isnan())
     gap = torch.linalg.vector_norm(torch.where(same, 0.0, a - b)).item()
     return math.inf if math.isnan(gap) else gap

@@ -163,6 +163,35 @@ def _bytes(unit, zero, j: tl.constexpr, ZERO: tl.constexpr):
 
 
 @triton.jit
+def integers(word, zero, j: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr):
+    """Numbers of plane j in int8 (…, 4 n) of words (…, n) of four units; `zero` has a zero point in
+    each byte. A loop that hands a word on moves one register; four bytes it would take apart."""
+    if EMULATED and KIND == INT4:
+        code = ((_quarters(word).to(tl.int32) >> (4 * j)) & 15).to(tl.int8)
+        return code - (_quarters(zero) if ZERO else 8)
+    elif KIND == INT4:
+        asm: tl.constexpr = bytes_of(j, ZERO)
+        if ZERO:
+            word = tl.inline_asm_elementwise(
+                asm, "=r,r,r", [word, zero], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            word = tl.inline_asm_elementwise(
+                asm, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+            )
+    return _quarters(word)
+
+
+@triton.jit
+def _quarters(word):
+    """The four bytes of words (a, b, n): int8 (a, b, 4 n)."""
+    low = tl.join(word.to(tl.int8), (word >> 8).to(tl.int8))
+    high = tl.join((word >> 16).to(tl.int8), (word >> 24).to(tl.int8))
+    bytes = tl.permute(tl.join(low, high), (0, 1, 2, 4, 3))
+    return tl.reshape(bytes, (word.shape[0], word.shape[1], 4 * word.shape[2]))
+
+
+@triton.jit
 def _emulated(
     unit, zero, j: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr
 ):

@@ -98,17 +98,18 @@ def candidates(tokens: int, lifts: bool) -> list[Config]:
         ]
     wide = max(8, bucket(tokens))
     apart = [(16, 8, False, False), (16, 8, False, True), (32, 4, False, False)]
-    if tokens <= 8:
+    if tokens <= 8 and lifts:
         apart += [
             (32, 2, True, False),
+            (32, 8, True, False),
             (16, 4, True, True),
             (32, 4, True, True),
-            (32, 8, True, False),
         ]
+    elif tokens <= 8:
+        apart += [(16, 4, False, False), (16, 4, False, True), (32, 8, False, False)]
     found = [
         Config(rows, wide, warps=warps, stages=1, apart=True, late=late, ordered=ordered)
         for rows, warps, late, ordered in apart
-        if lifts or not late
     ]
     together = [(split, stages) for split in (1, 4, 8) for stages in (3, 4)] if wide >= 16 else []
     return [

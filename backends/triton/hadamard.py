@@ -180,7 +180,7 @@ def turn_rows(x: Tensor, right: Tensor, given: Tensor | None, fp8: bool) -> tupl
         return codes, scales
     a, wide = width // b, triton.next_power_of_2(b)
     large = a * wide >= LARGEST // 2
-    warps = 8 if wide > 2 * WIDE or a * wide > LARGEST // 2 else 4
+    warps = 8 if wide > 2 * WIDE or a * wide > LARGEST // 2 or (large and count < 64) else 4
     divided = min(warps, a // TILE)
     programs = min(count, PROGRAMS * processors(x.device)) if large else count
     wrap(_long)[(programs,)](

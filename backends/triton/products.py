@@ -25,15 +25,23 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompiler.backends.triton.codes import EMULATED, LIFT, PLAIN, cast, decode, dot, lifted
+from qcompiler.backends.triton.codes import (
+    EMULATED,
+    LIFT,
+    PLAIN,
+    cast,
+    decode,
+    dot,
+    integers,
+    lifted,
+)
 from qcompiler.backends.triton.fragments import (
+    RUN_OF_BYTES,
     beside,
     factor,
-    lanes_of,
-    rows_of,
+    places,
     sides_of,
     spread,
-    warps_of,
 )
 
 VARIED = ("tokens", "blocks", "part")
@@ -42,14 +50,13 @@ VARIED = ("tokens", "blocks", "part")
 
 @triton.jit
 def _fetch(
-    units, scale, zero, block, end, step, padded,
-    SPAN: tl.constexpr, SHARED: tl.constexpr, PLANES: tl.constexpr, WARPS: tl.constexpr,
+    units, warp, scale, zero, group, block, end, step, padded,
+    SPAN: tl.constexpr, SHARED: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """What warps decode of blocks from `block` on: units, and scales and zero points of each group
-    of a block."""
-    w = block + warps_of(WARPS)
+    of a block. `warp` says whose are units, `group` whose the others."""
+    w, g = block + warp, block + group
     unit = tl.load(units + w * step, mask=w < end, other=0, eviction_policy="evict_first")
-    g = block + tl.arange(0, WARPS)[None, None, :, None, None]
     scales, zeros = (), ()
     for first in tl.static_range(0, PLANES, SHARED):
         side = (g * PLANES + first) // SPAN * padded
@@ -72,29 +79,42 @@ def few(
     """A tile of (rows, tokens), summed over `part` blocks from program_id(2) on. Blocks of a row
     are `block_step` units apart, rows `row_step`; SPAN is a group in planes, and SHARED planes of a
     block have one scale. While a block is decoded, the next is on its way."""
-    EACH: tl.constexpr = 32 // DTYPE.primitive_bitwidth
-    SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
+    BYTES: tl.constexpr = tl.int8 == DTYPE
+    EACH: tl.constexpr = RUN_OF_BYTES if BYTES else 2
+    SIZE: tl.constexpr = 1 if BYTES else 2
+    SUM: tl.constexpr = tl.int32 if BYTES else tl.float32
     start = tl.program_id(2) * part
     end = tl.minimum(start + part, blocks)
     n0, m0 = tl.program_id(0) * ROWS, tl.program_id(1) * TOKENS
-    lanes = lanes_of(LANES, EACH)
-    left = units + (n0 + rows_of(ROWS)) * row_step + lanes
-    inner = warps_of(WARPS) * (PLANES * LANES) + lanes
-    right = x + tl.minimum(m0 + rows_of(TOKENS), tokens - 1) * width + inner
-    s_at = None if ONE else scale + n0 + sides_of(ROWS)
-    z_at = zero + n0 + sides_of(ROWS) if ZERO else None
+    if BYTES:  # words of four
+        units = units.to(tl.pointer_type(tl.int32), bitcast=True)
+        block_step //= 4
+        row_step //= 4
+        row, warp, lane, run = places(ROWS, WARPS, LANES // 4, 4)
+    else:
+        row, warp, lane, run = places(ROWS, WARPS, LANES, SIZE)
+    left = units + ((n0 + row) * row_step + lane + run)
+    side, group = sides_of(ROWS, WARPS)
+    s_at = None if ONE else scale + n0 + side
+    z_at = zero + n0 + side if ZERO else None
+    token, w, lane, run = places(TOKENS, WARPS, LANES, SIZE)
+    inner = w * (PLANES * LANES) + lane + run
+    right = x + (tl.minimum(m0 + token, tokens - 1) * width + inner)
     if EARLY:
         gdc_launch_dependents()
     # No kernel of ours writes weights: the first are asked for before the one in front is done.
-    ahead = _fetch(left, s_at, z_at, start, end, block_step, padded, SPAN, SHARED, PLANES, WARPS)
+    ahead = _fetch(
+        left, warp, s_at, z_at, group, start, end, block_step, padded, SPAN, SHARED, PLANES
+    )
     if EARLY:
         gdc_wait()
     acc = tl.zeros((WARPS, ROWS, TOKENS), SUM if ONE else tl.float32)
     for block in range(start, end, WARPS):
         unit, scales, zeros = ahead
         ahead = _fetch(
-            left, s_at, z_at, block + WARPS, end, block_step, padded, SPAN, SHARED, PLANES, WARPS
-        )
+            left, warp, s_at, z_at, group, block + WARPS, end, block_step, padded, SPAN, SHARED,
+            PLANES,
+        )  # fmt: skip
         if ORDERED and not EMULATED:
             # Else the compiler may move these loads behind what is computed, for want of registers.
             tl.inline_asm_elementwise(
@@ -107,17 +127,26 @@ def few(
                 a = tl.load(right + k)
             else:
                 a = tl.load(right + k, mask=k + inner < width, other=0.0)
-            rights += (tl.permute(factor(a, EACH), (0, 2, 1)),)
-        unit = factor(unit, EACH)
+            a = factor(a, TOKENS, WARPS, LANES, EACH)
+            rights += (tl.permute(a, (0, 2, 1)),)
+        if BYTES:
+            unit = factor(unit, ROWS, WARPS, LANES // 4, EACH // 4)
+        else:
+            unit = factor(unit, ROWS, WARPS, LANES, EACH)
         for first in tl.static_range(0, PLANES, SHARED):
             z = 0
-            if ZERO and not LATE:
-                z = spread(zeros[first // SHARED], LANES // (4 * EACH), EACH)
+            if ZERO and BYTES:
+                z = zeros[first // SHARED].to(tl.int32) * 0x01010101
+                z = spread(z, ROWS, WARPS, LANES // (4 * EACH), EACH // 4)
+            elif ZERO and not LATE:
+                z = spread(zeros[first // SHARED], ROWS, WARPS, LANES // (4 * EACH), EACH)
             sums = acc if ONE else tl.zeros((WARPS, ROWS, TOKENS), SUM)
             # What all rows must take away: the sum of activations, by 16 rows of ones.
             plain = tl.zeros((WARPS, 16, TOKENS), SUM)
             for j in tl.static_range(first, first + SHARED):
-                if LATE:
+                if BYTES:
+                    sums = dot(integers(unit, z, j, KIND, ZERO), rights[j], sums)
+                elif LATE:
                     sums = dot(lifted(unit, j, DTYPE), rights[j], sums)
                     plain = dot(tl.full((WARPS, 16, LANES), 1.0, DTYPE), rights[j], plain)
                 else:
@@ -125,13 +154,14 @@ def few(
             if LATE:
                 lift = LIFT + 8.0
                 if ZERO:
-                    lift = LIFT + spread(zeros[first // SHARED], TOKENS // 8, 2).to(tl.float32)
+                    z = spread(zeros[first // SHARED], ROWS, WARPS, TOKENS // 8, 2)
+                    lift = LIFT + z.to(tl.float32)
                 plain = tl.broadcast_to(plain[:, None, :, :], (WARPS, ROWS // 16, 16, TOKENS))
                 sums -= lift * tl.reshape(plain, (WARPS, ROWS, TOKENS))
             if ONE:
                 acc = sums
             else:
-                s = spread(scales[first // SHARED], TOKENS // 8, 2)
+                s = spread(scales[first // SHARED], ROWS, WARPS, TOKENS // 8, 2)
                 acc += sums.to(tl.float32) * s.to(tl.float32)
     n, m = n0 + tl.arange(0, ROWS), m0 + tl.arange(0, TOKENS)
     _finish(tl.sum(acc, 0), x_scale, scale, bias, y, n, m, tokens, rows, ONE, KIND)

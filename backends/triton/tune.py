@@ -9,7 +9,7 @@ trace, while a CUDA graph is captured) the answer that is known serves, else the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -77,7 +77,7 @@ def best(
         return min(candidates, key=lambda c: known[str(c)])
     if traced(weight) or torch.cuda.is_current_stream_capturing() or len(candidates) == 1:
         return first
-    times = {str(c): seconds(partial(run, c), *cold) for c in candidates}
+    times = race({str(c): partial(run, c) for c in candidates}, *cold)
     cache.put(key, times)
     return min(candidates, key=lambda c: times[str(c)])
 
@@ -97,31 +97,43 @@ def size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def seconds(run: Callable[..., object], *cold: Tensor, capture: bool = True) -> float:
-    """Seconds of run(*cold) on the GPU, median; infinite if it does not fit there. What waits for
-    the GPU, or copies to it, cannot be captured in a graph."""
-    try:
-        run(*cold)
-    except Exception as error:
-        if _too_large(error):
-            return float("inf")
-        raise
+def race(
+    runs: Mapping[str, Callable[..., object]], *cold: Tensor, capture: bool = True
+) -> dict[str, float]:
+    """Seconds of each run(*cold) on the GPU, median, by turns, so that none finds it cooler than
+    another; infinite for what does not fit there. What waits for the GPU, or copies to it, cannot
+    be captured in a graph."""
     sets = _copies(cold)
+    again, times = {}, {name: [float("inf")] for name in runs}
+    for name, run in runs.items():
+        try:
+            run(*cold)
+        except Exception as error:
+            if _too_large(error):
+                continue
+            raise
+        each = partial(_each, run, sets)
+        again[name], times[name] = _captured(each) if capture else each, []
+    for turn in range(1 + REPLAYS):
+        for name, replay in again.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            torch.cuda.synchronize()
+            if turn:
+                times[name].append(start.elapsed_time(end) * 1e-3 / len(sets))
+    return {name: float(statistics.median(found)) for name, found in times.items()}
 
-    def each() -> None:
-        for tensors in sets:
-            run(*tensors)
 
-    again = _captured(each) if capture else each
-    times = []
-    for _ in range(1 + REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        again()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / len(sets))
-    return float(statistics.median(times[1:]))
+def seconds(run: Callable[..., object], *cold: Tensor, capture: bool = True) -> float:
+    """Those of one run."""
+    return race({"": run}, *cold, capture=capture)[""]
+
+
+def _each(run: Callable[..., object], sets: Sequence[tuple[Tensor, ...]]) -> None:
+    for tensors in sets:
+        run(*tensors)
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], object]:

@@ -109,8 +109,11 @@ KERNELS = {
 }
 
 
-def compiled(kernel: object, given: dict[str, object], capability: int) -> object:
-    """The kernel for a GPU; arguments that `given` and the table do not name are integers."""
+def compiled(
+    kernel: object, given: dict[str, object], capability: int, aligned: bool = False
+) -> object:
+    """The kernel for a GPU; arguments that `given` and the table do not name are integers, and if
+    they are `aligned`, multiples of 16, as addresses are."""
     names = kernel.arg_names
     types = {n: t for n, t in given.items() if isinstance(t, str)}
     fixed = {(names.index(n),): v for n, v in given.items() if n not in types}
@@ -118,7 +121,9 @@ def compiled(kernel: object, given: dict[str, object], capability: int) -> objec
         n: "constexpr" if (i,) in fixed else types.get(n) or POINTERS.get(n, "i32")
         for i, n in enumerate(names)
     }
-    source = ASTSource(kernel, signature, fixed)
+    even = [n for n in names if signature[n] != "constexpr" and n not in products.VARIED]
+    sixteen = {(names.index(n),): [["tt.divisibility", 16]] for n in even if aligned}
+    source = ASTSource(kernel, signature, fixed, sixteen)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 
@@ -149,6 +154,15 @@ def test_products_use_the_tensor_cores() -> None:
     ):
         assert instruction in compiled(kernel, given, 90).asm["ptx"]
     assert "e4m3" in compiled(scaled._pointers, fp8, 89).asm["ptx"]
+
+
+@pytest.mark.parametrize("given", [SHORT | PLAIN, BYTES | PLAIN, BYTES | {"ZERO": 1}])
+def test_numbers_are_loaded_where_they_are_multiplied(given: dict[str, object]) -> None:
+    """Tiles go through shared memory, or from thread to thread, only when warps add their sums."""
+    few = compiled(products.few, given | FEW | {"KIND": 0, "ROWS": 16}, 90, aligned=True)
+    assert "local_alloc" not in few.asm["ttgir"]
+    assert few.asm["ptx"].count("shfl.sync") < 16
+    assert few.asm["ptx"].count("bar.sync") < 8
 
 
 class Layer(torch.nn.Module):
