@@ -7,6 +7,7 @@ for each token, 4-bit integers. Weights lie as `layout.py` says.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompiler.backends.triton import codes
-from qcompiler.backends.triton.operators import early, operator, rows_of
+from qcompiler.backends.triton.operators import early, operator, rows_of, traced
 from qcompiler.backends.triton.products import few, many
 from qcompiler.backends.triton.split import sum_parts
 from qcompiler.backends.triton.tune import Config, best, bucket
@@ -68,6 +69,8 @@ def launch(
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if config.apart:
         options |= {"WARPS": config.warps, "LATE": config.late, "ORDERED": config.ordered}
+    if config.registers and not traced(units):
+        options["maxnreg"] = config.registers
     whole = zero is not None and zero.dtype == torch.uint8
     y = x.new_empty((split, tokens, rows), dtype=torch.float32 if split > 1 else dtype)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(tokens, config.tokens), split)
@@ -97,22 +100,19 @@ def candidates(tokens: int, lifts: bool) -> list[Config]:
             for rows, split, stages in ((64, 1, 2), (64, 2, 3), (64, 1, 3), (128, 1, 3), (64, 4, 3))
         ]
     wide = max(8, bucket(tokens))
-    apart = [(16, 8, False, False), (16, 8, False, True), (32, 4, False, False)]
+
+    def few(rows: int, warps: int, **flags: Any) -> Config:
+        return Config(rows, wide, warps=warps, stages=1, apart=True, **flags)
+
+    apart = [few(16, 8), few(16, 8, ordered=True), few(32, 4)]
     if tokens <= 8 and lifts:
-        apart += [
-            (32, 2, True, False),
-            (32, 8, True, False),
-            (16, 4, True, True),
-            (32, 4, True, True),
-        ]
+        # Of 128 registers, 16 warps are on a multiprocessor at once.
+        apart += [few(32, warps, late=True, registers=128) for warps in (2, 8)]
+        apart += [few(rows, 4, late=True, ordered=True) for rows in (16, 32)]
     elif tokens <= 8:
-        apart += [(16, 4, False, False), (16, 4, False, True), (32, 8, False, False)]
-    found = [
-        Config(rows, wide, warps=warps, stages=1, apart=True, late=late, ordered=ordered)
-        for rows, warps, late, ordered in apart
-    ]
+        apart += [few(16, 4), few(16, 4, ordered=True), few(32, 8)]
     together = [(split, stages) for split in (1, 4, 8) for stages in (3, 4)] if wide >= 16 else []
     return [
-        *found,
+        *apart,
         *(Config(64, wide, split=split, warps=4, stages=stages) for split, stages in together),
     ]

@@ -187,7 +187,7 @@ def turn_rows(x: Tensor, right: Tensor, given: Tensor | None, fp8: bool) -> tupl
         flat, right, given, codes, scales, count, width**-0.5, inner,
         A=a, B=b, WIDE=wide, FP8=fp8, PAD=128, WARPS=_log(divided),
         OUTER=_log(a // (TILE * divided)), LOOP=programs < count, num_warps=warps, num_stages=1,
-        **early(x),
+        EARLY=early(x)["EARLY"],
     )  # fmt: skip
     return codes, scales
 

@@ -93,13 +93,13 @@ def few(
         row, warp, lane, run = places(ROWS, WARPS, LANES // 4, 4)
     else:
         row, warp, lane, run = places(ROWS, WARPS, LANES, SIZE)
-    left = units + ((n0 + row) * row_step + lane + run)
+    left = units + (n0 + row) * row_step + (lane + run)
     side, group = sides_of(ROWS, WARPS)
     s_at = None if ONE else scale + n0 + side
     z_at = zero + n0 + side if ZERO else None
     token, w, lane, run = places(TOKENS, WARPS, LANES, SIZE)
-    inner = w * (PLANES * LANES) + lane + run
-    right = x + (tl.minimum(m0 + token, tokens - 1) * width + inner)
+    inner = w * (PLANES * LANES) + (lane + run)
+    right = x + tl.minimum(m0 + token, tokens - 1) * width + inner
     if EARLY:
         gdc_launch_dependents()
     # No kernel of ours writes weights: the first are asked for before the one in front is done.

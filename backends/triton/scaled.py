@@ -158,19 +158,18 @@ def candidates(x: Tensor, weight: Tensor) -> list[Config]:
     """The first fits every GPU; those with descriptors are for Hopper and later ones."""
     tokens = x.shape[0]
     if tokens <= 16:
-        apart = [
-            Config(
-                rows, max(8, bucket(tokens)), FEW_LANES, warps=warps, stages=1, apart=True,
-                ordered=ordered,
-            )
+        few = [
+            Config(rows, 8, FEW_LANES, warps=warps, stages=1, apart=True, ordered=ordered)
             for rows, warps in ((16, 4), (16, 8), (32, 4), (32, 8))
             for ordered in (False, True)
-        ]  # fmt: skip
+        ]
+        # They read activations from the cache of a multiprocessor, which more tokens leave, and
+        # count in 32 bits what comes before a row.
+        fits = tokens <= 8 and x.dtype == torch.int8 and weight.numel() < 2**31
         return [
             Config(64, 16, 128, stages=4),
             Config(32, 16, 128, warps=2, stages=5),
-            # They count in 32 bits what comes before a row.
-            *(apart if x.dtype == torch.int8 and weight.numel() < 2**31 else ()),
+            *(few if fits else ()),
         ]
     if tokens <= 64:
         return [Config(64, 64, 128, stages=4), Config(128, 64, 128, stages=4)]
