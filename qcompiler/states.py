@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompiler.append import append
+from qcompiler.edit import copy_graph
 from qcompiler.program import Program
 
 aten = torch.ops.aten
@@ -45,6 +47,25 @@ def states(program: Program) -> Iterator[State]:
             path.append(next((n for n in parts if n in inputs or _axis(n) == axis), parts[0]))
         if path[-1] in inputs and axis is not None:
             yield State(tuple(reversed(path)), axis)
+
+
+def begins_empty(state: State, program: Program) -> bool:
+    """Whether there may be nothing of it yet."""
+    shape = next(p.shape for p in program.io.tensors if p.name == state.input.name)
+    size = shape[state.axis]
+    return isinstance(size, str) and program.io.dims[size][0] == 0
+
+
+def growing(program: Program) -> Program:
+    """The program, to be run, with states that grow in place (`append.py`)."""
+    graph, copies = copy_graph(program.graph)
+    for state in states(program):
+        joined: Any = state.path[-1].args[0]
+        if len(state.path) == 2 and len(joined) == 2 and begins_empty(state, program):
+            made = copies[state.path[-1]]
+            made.target, made.kwargs = append, {}
+            made.args = (*(copies[n] for n in joined), state.axis)
+    return replace(program, graph=graph)
 
 
 def _axis(node: fx.Node) -> int | None:

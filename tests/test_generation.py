@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qcompiler
+from qcompiler.append import append
 from qcompiler.cli import main
 from qcompiler.errors import BadInput
 from qcompiler.generation import generate
 from qcompiler.run import evaluate_wide
 from qcompiler.samples import random_inputs
-from qcompiler.states import states
+from qcompiler.states import growing, states
 
 MODEL = Path(__file__).parents[1] / "examples/tiny_llama/model"
 PIECES = ((0, 4), (4, 5), (5, 6), (6, 11))
@@ -43,6 +44,27 @@ def test_pieces_are_the_whole(name: str) -> None:
     with torch.no_grad():
         whole = module(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_states_grow_in_place(name: str) -> None:
+    """The same numbers, in memory that stays; the program itself still joins."""
+    made = qcompiler.compile(
+        *zoo.build(name), passes="canonicalize", backend="reference", cache=True
+    )
+    program, grows = made.program, growing(made.program)
+    ids = torch.randint(0, 40, (2, 11), generator=torch.Generator().manual_seed(1))
+    past, places = None, []
+    for start, end in PIECES:
+        wanted = program(ids[:, start:end], past_key_values=past)
+        found = grows(ids[:, start:end], past_key_values=past)
+        assert torch.equal(found.logits, wanted.logits)
+        past = found.past_key_values
+        for grown, joined in zip(past, wanted.past_key_values, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(grown, joined, strict=True))
+        places.append([t.data_ptr() for layer in past for t in layer])
+    assert len({*map(tuple, places)}) == 1 and len({*places[0]}) == len(places[0])
+    assert append not in {n.target for n in program.nodes}
 
 
 def test_a_window_is_seen_through_a_whole_cache() -> None:

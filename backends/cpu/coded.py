@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from qcompiler.backends.cpu.append import append
+from qcompiler.append import append
 from qcompiler.backends.cpu.calls import by_rows, scratch
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.layout import CHUNK

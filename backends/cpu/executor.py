@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompiler.append import append
 from qcompiler.backend import ProgramArtifact
 from qcompiler.backends.cpu import convolution, generated
-from qcompiler.backends.cpu.append import APPEND, append
+from qcompiler.backends.cpu.append import APPEND
 from qcompiler.backends.cpu.calls import LinearCall, RopeCall, by_rows
 from qcompiler.backends.cpu.coded import APPEND_ROWS, append_rows
 from qcompiler.backends.cpu.codegen import layout

@@ -19,7 +19,7 @@ from qcompiler.edit import Edit
 from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
-from qcompiler.states import State, states
+from qcompiler.states import State, begins_empty, states
 
 ATTEND = torch.ops.qc_cpu.attend.default
 qc = torch.ops.qc
@@ -40,11 +40,8 @@ class LowerAppend(Pass):
         return 0.0
 
     def run(self, edit: Edit, facts: Facts) -> None:
-        io = facts.program.io
-        shapes = {port.name: port.shape for port in io.tensors}
         for state in states(facts.program):
-            size = shapes[state.input.name][state.axis]
-            if not isinstance(size, str) or io.dims[size][0]:
+            if not begins_empty(state, facts.program):
                 continue  # joined with what comes from outside, but nothing that grows from nothing
             cat = edit.own(state.path[-1])
             parts: Any = cat.args[0]

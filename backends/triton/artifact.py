@@ -14,18 +14,19 @@ from qcompiler.edit import copy_graph
 from qcompiler.errors import BackendError, BadInput
 from qcompiler.program import Program
 from qcompiler.samples import Flat
-from qcompiler.states import states
+from qcompiler.states import growing, states
 
 Outputs = tuple[object, ...]
 
 
 class TritonArtifact(ProgramArtifact):
     """Runs on `device`; inputs on the CPU are copied there, and their outputs back. What is carried
-    from call to call (caches) stays there."""
+    from call to call (caches) stays there, and grows in place."""
 
     def __init__(self, program: Program, device: torch.device) -> None:
         super().__init__(moved(program, device))
         self.device = device
+        self._growing = growing(self.program)
         found = list(states(program))
         carried, longer = {s.input for s in found}, {s.path[-1] for s in found}
         self._begin = [i for i, node in enumerate(program.inputs) if node not in carried]
@@ -36,7 +37,7 @@ class TritonArtifact(ProgramArtifact):
         given = [x for i in self._begin if isinstance(x := inputs[i], Tensor)]
         home = device_of(given, self.device)
         there = tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in inputs)
-        outputs = self.program.flat(there)
+        outputs = self._growing.flat(there)
         return tuple(
             y.to(home) if isinstance(y, Tensor) and not stays else y
             for y, stays in zip(outputs, self._stay, strict=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qcompiler
-from qcompiler.backends.cpu.append import LEAST, append
+from qcompiler.append import LEAST, append
 from qcompiler.backends.cpu.fixed import REPEATED, Open, Repeated, fixed, symbols
 from qcompiler.backends.cpu.kernels import GENERATED
 from qcompiler.check import relative_error

@@ -18,8 +18,8 @@ from qcompiler.errors import BadInput
 
 pytestmark = pytest.mark.skipif(not GENERATED, reason="llvmlite is not installed")
 if GENERATED:
+    from qcompiler.append import append
     from qcompiler.backends.cpu import generated
-    from qcompiler.backends.cpu.append import append
     from qcompiler.backends.cpu.coded import FORMAT, Coded, append_rows, numbers
 
 MODEL = Path(__file__).parents[2] / "examples/tiny_llama/model"

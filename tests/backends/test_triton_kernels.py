@@ -485,8 +485,9 @@ def test_llama_goes_on_from_its_cache() -> None:
     whole, past = compiled(input_ids=ids).logits, None
     for i in range(6):
         found = compiled(input_ids=ids[:, i : i + 1], past_key_values=past)
-        past = found.past_key_values
+        before, past = past, found.past_key_values
         assert error(found.logits[:, 0], whole[:, i].double()) < CLOSE
+        assert before is None or past[0][0].data_ptr() == before[0][0].data_ptr()
     assert found.logits.device.type == "cpu" and past[0][0].device.type == device().type
     written = compiled.generate(ids, count=3)
     assert torch.equal(compiled.generate(ids.to(device()), count=3).cpu(), written)
