@@ -142,7 +142,8 @@ def octets(out: int, width: int, fp8: bool) -> tuple[Tensor, ...]:
     """Codes of the numbers that bfloat16 multiplies, and a scale for each row. (Products of codes
     that are as often large as small draw more power, and run slower.)"""
     codes, scale = torch.ops.qc_triton.round_rows(*floats(out, width), None, fp8)
-    return layout.pack_rows(codes), scale[:, 0]
+    packed = layout.pack_rows(codes)
+    return packed, torch.nn.functional.pad(scale[:, 0], (0, len(packed) - out))
 
 
 def numbers(weight: tuple[Tensor, ...], out: int, width: int) -> Tensor:
@@ -257,7 +258,7 @@ def prefill_one(results: Results, hidden: int, name: str, out: int, width: int) 
         if kernel in weights:
             codes, scale = weights[kernel]
             held = codes.view(torch.float8_e4m3fn) if kernel == "fp8" else codes
-            wanted = x[:64].float() @ held[:out, :width].float().t() * scale
+            wanted = x[:64].float() @ held[:out, :width].float().t() * scale[:out]
             error = {"error": off(scaled(kernel)[:64], wanted)}
         results.add(
             what="prefill", hidden=hidden, tokens=PREFILL, linear=name, kernel=kernel,

@@ -150,7 +150,7 @@ def relative_error(a: object, b: object) -> float:
         elif x.shape != y.shape:
             return math.inf
         elif not x.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(x, y) else math.inf)
+            worst = max(worst, 0.0 if torch.equal(x, y.to(x.device)) else math.inf)
         else:
             worst = max(worst, _relative(x.double(), y.double()))
     return worst

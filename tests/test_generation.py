@@ -22,7 +22,7 @@ from qcompiler.errors import BadInput
 from qcompiler.generation import generate
 from qcompiler.run import evaluate_wide
 from qcompiler.samples import random_inputs
-from qcompiler.states import growing, states
+from qcompiler.states import begins_empty, growing, states
 
 MODEL = Path(__file__).parents[1] / "examples/tiny_llama/model"
 PIECES = ((0, 4), (4, 5), (5, 6), (6, 11))
@@ -65,6 +65,21 @@ def test_states_grow_in_place(name: str) -> None:
         places.append([t.data_ptr() for layer in past for t in layer])
     assert len({*map(tuple, places)}) == 1 and len({*places[0]}) == len(places[0])
     assert append not in {n.target for n in program.nodes}
+
+
+class Doubled(torch.nn.Module):
+    """Returns its input and something behind it: a state in form alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.relu()], 1)
+
+
+def test_what_is_joined_is_not_carried() -> None:
+    for dynamic in (False, True):
+        program = qcompiler.capture(Doubled(), (torch.randn(2, 4),), dynamic=dynamic)
+        assert [begins_empty(s, program) for s in states(program)] == [False]
+        x = torch.randn(2, 4)
+        assert growing(program)(x).is_contiguous()
 
 
 def test_a_window_is_seen_through_a_whole_cache() -> None:

@@ -14,7 +14,7 @@ from qcompiler.edit import copy_graph
 from qcompiler.errors import BackendError, BadInput
 from qcompiler.program import Program
 from qcompiler.samples import Flat
-from qcompiler.states import growing, states
+from qcompiler.states import begins_empty, growing, states
 
 Outputs = tuple[object, ...]
 
@@ -27,7 +27,7 @@ class TritonArtifact(ProgramArtifact):
         super().__init__(moved(program, device))
         self.device = device
         self._growing = growing(self.program)
-        found = list(states(program))
+        found = [s for s in states(program) if begins_empty(s, program)]
         carried, longer = {s.input for s in found}, {s.path[-1] for s in found}
         self._begin = [i for i, node in enumerate(program.inputs) if node not in carried]
         outputs: Any = program.graph.output_node().args[0]

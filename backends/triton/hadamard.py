@@ -187,6 +187,8 @@ def turn_rows(x: Tensor, right: Tensor, given: Tensor | None, fp8: bool) -> tupl
         flat, right, given, codes, scales, count, width**-0.5, inner,
         A=a, B=b, WIDE=wide, FP8=fp8, PAD=128, WARPS=_log(divided),
         OUTER=_log(a // (TILE * divided)), LOOP=programs < count, num_warps=warps, num_stages=1,
+        # It lets the kernel behind it come early, and does not itself: as it waited, its shared
+        # memory and registers would keep others from a multiprocessor.
         EARLY=early(x)["EARLY"],
     )  # fmt: skip
     return codes, scales

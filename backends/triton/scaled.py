@@ -78,12 +78,13 @@ def _descriptors(
     SUM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
     BAND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    left = tl.make_tensor_descriptor(x, [tokens, width], [width, 1], [TOKENS, INNER])
-    right = tl.make_tensor_descriptor(weight, [padded, width], [width, 1], [ROWS, INNER])
     tiles = tl.cdiv(tokens, TOKENS) * tl.cdiv(rows, ROWS)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    # Descriptors are written to memory, which the kernel in front may still use: behind the wait.
+    left = tl.make_tensor_descriptor(x, [tokens, width], [width, 1], [TOKENS, INNER])
+    right = tl.make_tensor_descriptor(weight, [padded, width], [width, 1], [ROWS, INNER])
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m0, n0 = _place(tile, tokens, rows, TOKENS, ROWS, BAND)
         acc = tl.zeros((TOKENS, ROWS), SUM)

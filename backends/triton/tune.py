@@ -106,17 +106,19 @@ def race(
     """Seconds of each run(*cold) on the GPU, median, by turns, so that none finds it cooler than
     another; infinite for what does not fit there. What waits for the GPU, or copies to it, cannot
     be captured in a graph."""
-    sets = _copies(cold)
     again, times = {}, {name: [float("inf")] for name in runs}
+    sets: list[tuple[Tensor, ...]] = []
     for name, run in runs.items():
         try:
             run(*cold)
+            sets = sets or _copies(cold)
+            each = partial(_each, run, sets)
+            again[name] = _captured(each) if capture else each
         except Exception as error:
-            if _too_large(error):
-                continue
-            raise
-        each = partial(_each, run, sets)
-        again[name], times[name] = _captured(each) if capture else each, []
+            if not _too_large(error):
+                raise
+        else:
+            times[name] = []
     for turn in range(1 + REPLAYS):
         for name, replay in again.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -145,14 +147,16 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         graph.capture_begin()
-        run()
-        graph.capture_end()
+        try:
+            run()
+        finally:
+            graph.capture_end()
     return graph.replay
 
 
 def _copies(cold: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The tensors and copies of them, until they fill caches, or memory is full; again and again
-    if these are few."""
+    """The tensors and copies of them that fill caches, if memory has room; again and again if these
+    are few."""
     cache = torch.cuda.get_device_properties(cold[0].device).L2_cache_size
     wanted = min(-(-CACHES * cache // sum(map(size, cold))), MOST)
     sets = [tuple(cold)]
@@ -160,13 +164,14 @@ def _copies(cold: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         while len(sets) < wanted:
             sets.append(tuple(t.clone() for t in cold))
     except torch.cuda.OutOfMemoryError:
-        pass
+        del sets[1:]  # what is to be timed needs memory too
     return sets * -(-LEAST // len(sets))
 
 
 def _too_large(error: Exception) -> bool:
-    """Tiles that need more shared memory or registers than the GPU has."""
-    return type(error).__name__ in ("OutOfResources", "PTXASError")
+    """Tiles that need more shared memory or registers than the GPU has, or more memory."""
+    names = ("OutOfResources", "PTXASError", "OutOfMemoryError")
+    return type(error).__name__ in names
 
 
 @lru_cache(maxsize=8)

@@ -224,7 +224,7 @@ def test_every_tile_size(name: str, config: Config, fmt: str) -> None:
     q = nearest(torch.randn(150, 700), QFormat.parse(fmt))
     weight = KERNELS[name].prepare(q)
     t = {k: v.to(device()) for k, v in weight.tensors.items()}
-    x, bias = short(1 if config.tokens == 1 else 3, 700), torch.randn(150)
+    x, bias = short(1 if config.tokens == 8 else 3, 700), torch.randn(150)
     wanted = x.double() @ q.dequantize(torch.float64).t() + bias
     given, scales = x.to(device(), torch.bfloat16), None
     if name == "w4a8":
@@ -234,6 +234,32 @@ def test_every_tile_size(name: str, config: Config, fmt: str) -> None:
     sides = (t["scale"], t.get("zero"), bias.to(device()), weight.group, 150, weight.kind)
     y = decoded.launch(config, t["units"], given, scales, *sides, x.dtype)
     assert error(y, wanted) < CLOSE
+
+
+FEW = [
+    (name, config)
+    for name in ("w4a16", "w8a16", "w4a8")
+    for tokens in (1, 16)
+    for config in decoded.candidates(tokens, lifts=name == "w4a16")
+    if config.apart
+]
+
+
+@pytest.mark.parametrize(("name", "config"), list(dict.fromkeys(FEW)), ids=str)
+def test_rows_of_many_blocks(name: str, config: Config) -> None:
+    """As a layer has them: blocks for all warps twice over, groups of two planes."""
+    fmt = QFormat.parse("int8:channel" if name == "w8a16" else "int4:group128")
+    q = nearest(torch.randn(33, 4096), fmt)
+    weight = KERNELS[name].prepare(q)
+    t = {k: v.to(device()) for k, v in weight.tensors.items()}
+    x = short(2, 4096).bfloat16()
+    given, scales, wanted = x.to(device()), None, x.double()
+    if name == "w4a8":
+        given, scales = OPS.round_rows(given, None, False)
+        wanted = given.cpu().double() * scales.cpu()
+    sides = (t["scale"], None, None, weight.group, 33, weight.kind)
+    y = decoded.launch(config, t["units"], given, scales, *sides, torch.float32)
+    assert error(y, wanted @ q.dequantize(torch.float64).t()) < CLOSE
 
 
 PRODUCTS = {
