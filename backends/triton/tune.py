@@ -81,7 +81,8 @@ def best(
     if traced(weight) or torch.cuda.is_current_stream_capturing() or len(candidates) == 1:
         return first
     times = race({str(c): partial(run, c) for c in candidates}, *cold)
-    cache.put(key, times)
+    if min(times.values()) < float("inf"):  # else there was no memory, which tells of no tile
+        cache.put(key, times)
     return min(candidates, key=lambda c: times[str(c)])
 
 
