@@ -94,9 +94,7 @@ def decode(
     unit, zero, j: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Numbers of plane j in DTYPE; `zero` has the shape of `unit`, or 1 where it does not vary."""
-    if KIND == PLAIN:
-        return unit
-    elif EMULATED:
+    if EMULATED:
         return _emulated(unit, zero, j, KIND, ZERO, DTYPE)
     elif tl.int8 == DTYPE:
         return _bytes(unit, zero, j, ZERO)

@@ -22,7 +22,7 @@ from qcompiler.backends.triton.tune import Config, best, bucket
 from qcompiler.backends.triton.weights import BITS
 
 FACTORS = {torch.int8: tl.int8, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-WHOLE = 1 << 24
+ROW = 1 << 24
 """The group, in planes, of rows that have one scale."""
 KINDS = {"int4": codes.INT4, "fp4": codes.FP4, "int8": codes.INT8, "e4m3": codes.E4M3}
 
@@ -64,7 +64,7 @@ def launch(
     at_once = config.warps if config.apart else 1
     part = triton.cdiv(triton.cdiv(blocks, config.split), at_once) * at_once
     split = triton.cdiv(blocks, part)
-    span = group // lanes if scale.shape[0] > 1 else WHOLE
+    span = group // lanes if scale.shape[0] > 1 else ROW
     even = width == blocks * planes * lanes and blocks % at_once == 0
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if config.apart:

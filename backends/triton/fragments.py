@@ -31,13 +31,13 @@ def run_of(lanes, size):
 
 @triton.jit
 def places(ROWS: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr):
-    """Row, warp and first lane (n, 1) of each run of a tile, and its lanes (1, run)."""
+    """Rows and warps (n, 1) and lanes (n, lanes of a run) of a tile."""
     RUN: tl.constexpr = run_of(LANES, SIZE)
     RUNS: tl.constexpr = LANES // (4 * RUN)
     n = tl.arange(0, ROWS * 4 * WARPS * RUNS)[:, None]
     row = n // 4 % 8 + n // (32 * WARPS * RUNS) * 8
     run = n // (32 * WARPS) % RUNS * 4 + n % 4
-    return row, n // 32 % WARPS, run * RUN, tl.arange(0, RUN)[None, :]
+    return row, n // 32 % WARPS, run * RUN + tl.arange(0, RUN)[None, :]
 
 
 @triton.jit

@@ -90,15 +90,15 @@ def few(
         units = units.to(tl.pointer_type(tl.int32), bitcast=True)
         block_step //= 4
         row_step //= 4
-        row, warp, lane, run = places(ROWS, WARPS, LANES // 4, 4)
+        row, warp, lanes = places(ROWS, WARPS, LANES // 4, 4)
     else:
-        row, warp, lane, run = places(ROWS, WARPS, LANES, SIZE)
-    left = units + (n0 + row) * row_step + (lane + run)
+        row, warp, lanes = places(ROWS, WARPS, LANES, SIZE)
+    left = units + (n0 + row) * row_step + lanes
     side, group = sides_of(ROWS, WARPS)
     s_at = None if ONE else scale + n0 + side
     z_at = zero + n0 + side if ZERO else None
-    token, w, lane, run = places(TOKENS, WARPS, LANES, SIZE)
-    inner = w * (PLANES * LANES) + (lane + run)
+    token, w, lanes = places(TOKENS, WARPS, LANES, SIZE)
+    inner = w * (PLANES * LANES) + lanes
     right = x + tl.minimum(m0 + token, tokens - 1) * width + inner
     if EARLY:
         gdc_launch_dependents()
