@@ -6,7 +6,8 @@ QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al. 2024). Every free orthogona
 reads takes one: the residual stream (R1) once the norms' gains are absorbed, the values of heads
 (R2). With `online`, so does a space that one operator would free, the input of the down projection
 (R4), and with `heads` queries and keys behind their rotary embedding (R3); these are computed at
-run time, as fast transforms.
+run time, as fast transforms: of an odd factor of a size, by a matrix of nearly equal entries (see
+`cores.py`), which costs less than Hadamard's of four or more times it and is there for every size.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from qcompiler.cores import fast_core, random_hadamard, refuses_transform
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
 from qcompiler.facts import Facts
-from qcompiler.hadamard import random_hadamard, random_signs
+from qcompiler.hadamard import random_signs
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import node_id
@@ -49,6 +51,10 @@ class Rotate(Pass):
     heads: bool = False
     """Also rotate queries and keys, for a quantized KV cache: two operators at run time behind a
     rotary embedding (R3), none without one."""
+    transform: Literal["auto", "fast", "hadamard"] = "auto"
+    """What runs where a size has an odd factor: `hadamard` is of ±1 alone, which spreads an outlier
+    most evenly; `fast` leaves it up to a fifth larger, and costs a CPU a third or less. `auto` is
+    what the backend prefers, or else fast."""
     demand: tuple[str, ...] = ()
     """Patterns of weights that must be rotated; if one cannot be, nothing is done."""
 
@@ -80,22 +86,32 @@ class Rotate(Pass):
         generator: torch.Generator,
         name: str,
     ) -> None:
-        signs = random_signs(space.size, generator) if self.kind == "hadamard" else None
-        matrix = None if signs is None else random_hadamard(space.size, signs)
-        word = "random rotation" if matrix is None else "random Hadamard"
-        behind = ", ".join(map(node_id, places))
-        edit.spend(
-            f"{word} of {space.size} channels" + (f", computed behind {behind}" if places else ""),
-            *(m.node for m in space.params),
-            *places,
-        )
+        size = space.size
+        signs = random_signs(size, generator)
+        core = self._core(size) if places else None
+        matrix = random_hadamard(size, signs) if self.kind == "hadamard" else None
+        what = "rotation" if core is None and matrix is None else "Hadamard"
+        why = f"random {what} of {size} channels"
+        if core is not None and core > 1:
+            why += f" ({core} × {size // core})"
+        if places:
+            why += f", computed behind {', '.join(map(node_id, places))}"
+        edit.spend(why, *(m.node for m in space.params), *places)
         made: Map
-        if places and signs is not None and matrix is not None:
-            made = Hadamard(edit, space.home, signs, name)
+        if core is not None:
+            made = Hadamard(edit, space.home, signs, name, core)
         else:
-            drawn = _random(space.size, generator) if matrix is None else matrix
+            drawn = _random(size, generator) if matrix is None else matrix
             made = Matrix(edit, space.home, drawn, name)
         apply_map(edit, space, made, places)
+
+    def _core(self, size: int) -> int | None:
+        """Of the fast transform of `size` numbers, or None if there is none."""
+        if self.kind != "hadamard":
+            return None
+        if self.transform == "hadamard":
+            return None if refuses_transform(size, 1) else 1
+        return fast_core(size)
 
 
 def _random(size: int, generator: torch.Generator) -> Tensor:

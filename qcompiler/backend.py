@@ -19,6 +19,7 @@ from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import Site
+from qcompiler.spec import Value
 
 if TYPE_CHECKING:
     from qcompiler.export.dialect import Dialect
@@ -151,6 +152,8 @@ class Backend:
     capabilities: ClassVar[tuple[Capability, ...]] = ()
     tolerance: ClassVar[float] = 1e-3
     """Largest relative error of an artifact's outputs against the reference program."""
+    prefers: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
+    """Pass → options that suit this target, for recipes that say nothing of them."""
     kernels: frozenset[str] | None = None
     """Kernels that it may use; None for all of them. See `only`."""
 

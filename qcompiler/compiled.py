@@ -165,6 +165,7 @@ def compile(
     target = get_backend(backend) if isinstance(backend, str) else backend
     if plan is not None:
         pipeline = with_plan(pipeline, Path(plan), target)
+    pipeline = suited(pipeline, target)
     if isinstance(cache, str) and cache:
         format = cache if ":" in cache else f"{cache}:token:dynamic"
         pipeline = (*pipeline, *make_passes((PassSpec("round_cache", {"format": format}),)))
@@ -189,6 +190,16 @@ def with_plan(passes: Sequence[Pass], file: Path, backend: Backend) -> tuple[Pas
     options = {"file": str(file)} | ({"backend": backend.name} if backend.capabilities else {})
     own = make_passes((PassSpec("use_plan", options),))
     return tuple(q for p in passes for q in (own if p.name == "assign" else (p,)))
+
+
+def suited(passes: Sequence[Pass], backend: Backend) -> tuple[Pass, ...]:
+    """`passes` with the options that `backend` prefers, where they say nothing of them."""
+    made = []
+    for each in passes:
+        own = each.spec.options
+        prefers = backend.prefers.get(each.name, {})
+        made.append(type(each).make({**prefers, **own}) if prefers.keys() - own.keys() else each)
+    return tuple(made)
 
 
 def load(folder: str | Path, backend: str | Backend | None = None) -> Compiled:

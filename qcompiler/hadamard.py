@@ -5,7 +5,8 @@
     n = 2(q + 1), q ≡ 1 mod 4 a power of a prime     (Paley II)
 
 R. Paley, "On orthogonal matrices", 1933. A product of the first with one of the others gives every
-size that is common in networks; `hadamard` returns None for the rest (92, say).
+size that is common in networks; `hadamard` returns None for the rest (92, say). What serves any
+size, and costs less where a size has an odd factor, is in `cores.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def core_size(n: int) -> int | None:
     while m % 2 == 0:
         m //= 2
     while m <= n:
-        if m == 1 or (m % 4 == 0 and (_prime_power(m - 1) or _paley_two_size(m))):
+        if m == 1 or (m % 4 == 0 and (prime_power(m - 1) or _paley_two_size(m))):
             return m
         m *= 2
     return None
@@ -50,32 +51,21 @@ def hadamard_core(m: int) -> Tensor:
     """H_m for an m that `core_size` gives, float64."""
     if m == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    return _paley_one(m - 1) if _prime_power(m - 1) else _paley_two(m // 2 - 1)
+    return _paley_one(m - 1) if prime_power(m - 1) else _paley_two(m // 2 - 1)
 
 
-def random_signs(n: int, generator: torch.Generator) -> Tensor | None:
-    """n random ±1, float64, or None if there is no Hadamard matrix of that size."""
-    if core_size(n) is None:
-        return None
+def random_signs(n: int, generator: torch.Generator) -> Tensor:
+    """n random ±1, float64."""
     return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
-
-
-def random_hadamard(n: int, signs: Tensor) -> Tensor | None:
-    """H diag(±1) / √n, orthogonal (QuaRot, Ashkboos et al. 2024, section 2), or None."""
-    matrix = hadamard(n)
-    if matrix is None:
-        return None
-    turned: Tensor = matrix * signs / n**0.5
-    return turned
 
 
 def _two() -> Tensor:
     return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
 
 
-def _jacobsthal(q: int) -> Tensor:
+def jacobsthal(q: int) -> Tensor:
     """Q[i, j] = χ(i - j), the quadratic character of the field with q = p^k elements."""
-    p, k = _prime_power(q) or (q, 1)
+    p, k = prime_power(q) or (q, 1)
     character = torch.zeros(q, dtype=torch.float64)
     for exponent, element in enumerate(_powers(p, k)):  # squares are the even powers
         character[element] = 1 if exponent % 2 == 0 else -1
@@ -102,29 +92,29 @@ def _powers(p: int, k: int) -> list[int]:
     raise AssertionError("every finite field has a generator")
 
 
-def _bordered(q: int, sign: float) -> Tensor:
+def bordered(q: int, sign: float) -> Tensor:
     """[[0, 1ᵀ], [sign · 1, Q]]"""
     matrix = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    matrix[0, 1:], matrix[1:, 0], matrix[1:, 1:] = 1, sign, _jacobsthal(q)
+    matrix[0, 1:], matrix[1:, 0], matrix[1:, 1:] = 1, sign, jacobsthal(q)
     return matrix
 
 
 def _paley_one(q: int) -> Tensor:
-    return _bordered(q, -1.0) + torch.eye(q + 1, dtype=torch.float64)
+    return bordered(q, -1.0) + torch.eye(q + 1, dtype=torch.float64)
 
 
 def _paley_two(q: int) -> Tensor:
     corner = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(_bordered(q, 1.0), _two()) + torch.kron(
+    return torch.kron(bordered(q, 1.0), _two()) + torch.kron(
         torch.eye(q + 1, dtype=torch.float64), corner
     )
 
 
 def _paley_two_size(n: int) -> bool:
-    return _prime_power(n // 2 - 1) is not None and (n // 2 - 1) % 4 == 1
+    return prime_power(n // 2 - 1) is not None and (n // 2 - 1) % 4 == 1
 
 
-def _prime_power(q: int) -> tuple[int, int] | None:
+def prime_power(q: int) -> tuple[int, int] | None:
     """(p, k) with q = p^k for an odd prime p, or None."""
     if q < 3:
         return None

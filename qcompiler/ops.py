@@ -11,7 +11,7 @@ an ordinary aten operator.
 `qc::dequantize_integers` (q - z) * s, the way back
 `qc::dynamic_scale`       scale and zero point that cover the range of x
 `qc::rope`                rotary position embedding, halves or interleaved pairs
-`qc::hadamard`            x Hᵀ / √n along the last axis, as a fast transform
+`qc::hadamard`            x (O ⊗ H)ᵀ / √n along the last axis, as a fast transform
 `qc::sparse_linear`       x Sᵀ with a sparse matrix S in CSR
 ========================  =====================================================================
 """
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.cores import orthogonal_core, refuses_transform
 from qcompiler.formats import Grid, QFormat, dequantize
 from qcompiler.hadamard import core_size, hadamard
 
@@ -48,7 +49,7 @@ _library.define(
     " -> Tensor"
 )
 _library.define("dynamic_scale(Tensor x, str format) -> (Tensor, Tensor)")
-_library.define("hadamard(Tensor x) -> Tensor")
+_library.define("hadamard(Tensor x, int core=1) -> Tensor")
 _library.define("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
 _library.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows) -> Tensor")
 
@@ -112,33 +113,39 @@ def dynamic_scale(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     return grid.scale, zero
 
 
-def hadamard_transform(x: Tensor, transposed: bool = False) -> Tensor:
-    """x Hᵀ / √n along the last axis (…, n), with H = H₂ ⊗ … ⊗ H₂ ⊗ H_m of `hadamard.hadamard`.
+def hadamard_transform(x: Tensor, core: int = 1, transposed: bool = False) -> Tensor:
+    """x (O ⊗ H)ᵀ along the last axis (…, n): O of `core` numbers (`cores.orthogonal_core`), and
+    H = H₂ ⊗ … ⊗ H₂ ⊗ H_m, of n / core (`hadamard.hadamard`), over √(n / core).
 
     H is a product of factors of about 64, H_a ⊗ H_b ⊗ …, each a small product of matrices, so that
     it costs n (a + b + …) and not n²: factors of 2 would cost less yet, and take longer, as each
-    goes over the memory once. A size without a Hadamard matrix (92, say) is an error.
+    goes over the memory once. A size without such a matrix (92 with a core of 1) is an error.
     """
-    n, m = int(x.shape[-1]), core_size(int(x.shape[-1]))
-    if m is None:
-        raise ValueError(f"no Hadamard matrix of size {n} can be constructed")
+    n = int(x.shape[-1])
+    if reason := refuses_transform(n, core):
+        raise ValueError(reason)
+    size = n // core
     y, inner = x, 1
     while inner < n:
-        width = m if inner == 1 else 1
-        while width < FACTOR and inner * width < n:
-            width *= 2
-        matrix = hadamard(width)
+        if inner < size:
+            width = core_size(size) if inner == 1 else 1
+            assert width is not None
+            while width < FACTOR and inner * width < size:
+                width *= 2
+            matrix = hadamard(width)
+        else:
+            width, matrix = core, orthogonal_core(core)
         assert matrix is not None
         factor = (matrix.t() if transposed else matrix).to(y)
         y = y.reshape(*x.shape[:-1], n // (inner * width), width, inner)
         y = factor @ y
         inner *= width
-    out: Tensor = y.reshape(x.shape) * n**-0.5
+    out: Tensor = y.reshape(x.shape) * size**-0.5
     return out
 
 
-def _hadamard(x: Tensor) -> Tensor:
-    return hadamard_transform(x)
+def _hadamard(x: Tensor, core: int = 1) -> Tensor:
+    return hadamard_transform(x, core)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -203,9 +210,9 @@ def _dynamic_scale_shape(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int16)
 
 
-def _hadamard_shape(x: Tensor) -> Tensor:
-    if core_size(int(x.shape[-1])) is None:
-        raise ValueError(f"no Hadamard matrix of size {x.shape[-1]} can be constructed")
+def _hadamard_shape(x: Tensor, core: int = 1) -> Tensor:
+    if reason := refuses_transform(int(x.shape[-1]), core):
+        raise ValueError(reason)
     return torch.empty_like(x)
 
 
@@ -241,8 +248,12 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, None, None, None
 
 
-def _hadamard_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return hadamard_transform(grad, transposed=True)
+def _hadamard_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    ctx.core = inputs[1]
+
+
+def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return hadamard_transform(grad, ctx.core, transposed=True), None
 
 
 def _rope_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
@@ -260,7 +271,7 @@ def _rope_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 for _name, _backward, _context in (
     ("fake_quantize", _straight_through, _no_context),
-    ("hadamard", _hadamard_backward, _no_context),
+    ("hadamard", _hadamard_backward, _hadamard_context),
     ("rope", _rope_backward, _rope_context),
 ):
     torch.library.register_autograd(f"qc::{_name}", _backward, setup_context=_context, lib=_library)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "errors version hadamard layout append",
-    "spec formats allocate",
+    "spec formats allocate cores",
     "options observers keep ops ranges tagged seen timing",
     "io history program match",
     "diff edit run samples sites objective module",

@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import BadInput, PassError, Program
+from qcompiler.backends.null import NullBackend
 from qcompiler.check import relative_error
+from qcompiler.cores import orthogonal_core
 from qcompiler.hadamard import hadamard
 from qcompiler.padding import Padding, rows
 from qcompiler.pipeline import run_pipeline
@@ -388,13 +392,17 @@ def test_an_order_is_for_groups_only(name: str, plan: str, captured: Captured) -
         run(captured(name)[2], f"{plan},permute")
 
 
-def test_rotated_inputs_are_hadamard_transforms(captured: Captured) -> None:
+@pytest.mark.parametrize(("transform", "core"), [("fast", 10), ("hadamard", 1)])
+def test_rotated_inputs_are_hadamard_transforms(
+    transform: str, core: int, captured: Captured
+) -> None:
     """R4: x' = x diag(±1) Hᵀ / √n in front of the down projection, with the stored signs."""
     program = run(captured("llama")[2], READY)
-    done = run(program, "rotate{online=true},fold")
+    done = run(program, f"rotate{{online=true transform={transform}}},fold")
     before, after = (read(p, [random_inputs(p.io, 3)]) for p in (program, done))
-    matrix = hadamard(80)
-    assert matrix is not None
+    outer, inner = orthogonal_core(core), hadamard(80 // core)
+    assert outer is not None and inner is not None
+    matrix = torch.kron(outer * core**0.5, inner)
     signs = [v.double() for v in done.params.values() if tuple(v.shape) == (80,)]
     assert len(signs) == 2
     for layer in range(2):
@@ -402,6 +410,26 @@ def test_rotated_inputs_are_hadamard_transforms(captured: Captured) -> None:
         candidates = [before[id] * s @ matrix.t() / 80**0.5 for s in signs]
         assert min(relative_error(c, after[id]) for c in candidates) < 1e-5
         assert relative_error(before[id], after[id]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "core"), [("", ()), (" transform=fast", (10,)), (" transform=hadamard", ())]
+)
+def test_a_backend_prefers_options_where_none_are_given(
+    options: str, core: tuple[int, ...]
+) -> None:
+    class Tensors(NullBackend):
+        name = "tensors"
+        prefers: ClassVar[dict[str, dict[str, str]]] = {"rotate": {"transform": "hadamard"}}
+
+    module, example = zoo.build("llama")
+    made = qcompiler.compile(
+        module, example, backend=Tensors(),
+        passes=f"{READY},rotate{{online=true{options}}},fold",
+    )  # fmt: skip
+    turned = [n for n in made.program.graph.nodes if n.target is torch.ops.qc.hadamard.default]
+    assert [n.args[1:] for n in turned] == [core] * 2
+    assert ("transform=hadamard" in str(made.history[-2].spec)) == (core == ())
 
 
 def test_kronecker_factors_mix_the_channels_of_their_layer(captured: Captured) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.attention import attention, heads_at_once
-from qcompiler.backends.cpu.codegen.before import Before, spare_bytes
+from qcompiler.backends.cpu.codegen.before import Before
 from qcompiler.backends.cpu.codegen.dots import in_16_bits
 from qcompiler.backends.cpu.codegen.frame import Kernel
 from qcompiler.backends.cpu.codegen.isa import host
@@ -57,8 +57,6 @@ class Plan(NamedTuple):
     unit: int
     """Inputs that rows are padded to a multiple of."""
     floating: bool
-    spare: int
-    """Bytes that each thread works in besides a row."""
 
 
 @lru_cache(maxsize=256)
@@ -92,8 +90,7 @@ def _plan(
         )
     spec = Spec(weight.bits, group, half, zeros, floating, ready, shifted, residual)
     unit = group or layout.CHUNK
-    more = spare_bytes(host(), first)
-    return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating, more)
+    return Plan(rows(host(), rounding), linear_kernel(host(), spec), group, unit, floating)
 
 
 class LinearCall:
@@ -140,7 +137,7 @@ class LinearCall:
         threads = torch.get_num_threads() if tokens * width * padded > ALONE else 1
         members = threads if tokens * width > ALONE_ROWS else 1
         wide = 2 * full + LINE if ready else 0
-        room = tokens * (stride + wide + 4 * groups + 4) + (4 * full + how.spare) * members
+        room = tokens * (stride + wide + 4 * groups + 4) + 4 * full * members
         codes = scratch(room)
         totals = codes + tokens * stride
         scales = totals + 4 * tokens * groups

@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from qcompiler.backends.cpu.codegen.before import Before
+from qcompiler.backends.cpu.codegen.butterfly import has_butterfly
 from qcompiler.backends.cpu.codegen.layout import OUTPUTS
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
@@ -196,8 +197,10 @@ def _before(edit: Edit, x: fx.Node) -> tuple[Before, fx.Node, dict[str, Argument
     if x.target is aten.gelu.default:
         return Before(gelu_of(x)), args[0], {}
     if x.target is torch.ops.qc.hadamard.default:
-        size = x.meta["val"].shape[-1]
-        return (Before("hadamard", size), args[0], {}) if isinstance(size, int) else None
+        size, core = x.meta["val"].shape[-1], args[1] if len(args) > 1 else 1
+        if not isinstance(size, int) or not has_butterfly(size, core):
+            return None
+        return Before("hadamard", size, core), args[0], {}
     if x.target is aten.mul.Tensor:
         for value, factors in (args[:2], args[1::-1]):
             known = edit.param_of(factors) is not None and edit.tensor(factors)

@@ -7,6 +7,7 @@ Kernels are chosen by measured time on the GPU at hand, and so are their tile si
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import ClassVar
 
 from qcompiler.backend import Artifact, Backend, Capability
@@ -15,6 +16,7 @@ from qcompiler.backends.triton.runtime import device, has, unavailable
 from qcompiler.gather import GatherRows
 from qcompiler.passbase import Pass
 from qcompiler.program import Program
+from qcompiler.spec import Value
 
 OPERATORS = ("attention", "decoded", "hadamard", "rows", "scaled")
 """Modules that register operators."""
@@ -33,6 +35,8 @@ class TritonBackend(Backend):
     )
     tolerance: ClassVar[float] = 2e-2
     """The whole program's; each kernel's own is in its capability."""
+    prefers: ClassVar[Mapping[str, Mapping[str, Value]]] = {"rotate": {"transform": "hadamard"}}
+    """Entries ±1 are exact on tensor cores."""
 
     def available(self) -> str | None:
         return unavailable()

@@ -158,7 +158,7 @@ class Rows:
     def _round(self, like: fx.Node, source: fx.Node, scale: object, fp8: bool) -> fx.Node:
         ops, call = torch.ops.qc_triton, self._edit.call
         alone = all(u.target is qc.fake_quantize.default for u in source.users)
-        if source.target is qc.hadamard.default and alone:
+        if source.target is qc.hadamard.default and len(source.args) == 1 and alone:
             x = source.args[0]
             if factor := self._hadamard(int(x.meta["val"].shape[-1]), like):
                 return call(ops.turn_rows.default, x, factor, scale, fp8, like=like)

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from qcompiler.cores import refuses_transform
 from qcompiler.edit import Edit
 from qcompiler.errors import BadInput
-from qcompiler.hadamard import core_size
 
 aten = torch.ops.aten
 SINGULAR = 1e6
@@ -86,24 +86,25 @@ class Matrix(Map):
 
 
 class Hadamard(Map):
-    """R = H diag(±1) / √n as a fast transform: n log n instead of n² (see `qc::hadamard`)."""
+    """R = (O ⊗ H) diag(±1) / √n as a fast transform: n log n instead of n² (see `qc::hadamard`)."""
 
     kind = "orthogonal"
 
-    def __init__(self, edit: Edit, like: fx.Node, signs: Tensor, name: str) -> None:
+    def __init__(self, edit: Edit, like: fx.Node, signs: Tensor, name: str, core: int = 1) -> None:
         if signs.ndim != 1 or not bool((signs.abs() == 1).all()):
             raise BadInput(f"signs are a vector of 1 and -1; found {list(signs.shape)}")
-        if core_size(len(signs)) is None:
-            raise BadInput(f"no Hadamard matrix of size {len(signs)} can be constructed")
+        if reason := refuses_transform(len(signs), core):
+            raise BadInput(reason)
         super().__init__(edit, edit.new_param(name, signs, like=like))
-        self.size = len(signs)
+        self.size, self.core = len(signs), core
 
     def forward(self, x: fx.Node, order: Sequence[int] = ()) -> fx.Node:
         signs = self.source
         if signs.meta["val"].dtype != x.meta["val"].dtype:
             signs = self.edit.call(aten.to.dtype, signs, x.meta["val"].dtype, like=x)
         signed = self.edit.call(aten.mul.Tensor, x, signs, like=x)
-        return self.edit.call(torch.ops.qc.hadamard.default, signed, like=x)
+        core = () if self.core == 1 else (self.core,)
+        return self.edit.call(torch.ops.qc.hadamard.default, signed, *core, like=x)
 
 
 class Kronecker(Map):

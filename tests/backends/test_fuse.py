@@ -299,9 +299,15 @@ def test_a_prompt_reads_what_it_may_see(kind: str, monkeypatch: pytest.MonkeyPat
     assert asked == sizes.get(kind, asked) and len(asked) == (1 if "all" in kind else 3)
 
 
-@pytest.mark.parametrize("n", [4, 8, 12, 64, 128, 160, 344, 704, 1024, 2816])
-def test_hadamard(n: int) -> None:
-    """Powers of two, and multiples of what has a matrix of its own; behind a gate, too."""
+@pytest.mark.parametrize(
+    ("n", "core"),
+    [
+        *((4, 1), (8, 1), (64, 1), (1024, 1), (4096, 1), (11, 11), (12, 3), (22, 11)),
+        *((160, 10), (288, 18), (344, 43), (2816, 11), (11520, 90)),
+    ],
+)
+def test_hadamard(n: int, core: int) -> None:
+    """Powers of two, and such times a core; behind a gate, too."""
     generator = torch.Generator().manual_seed(0)
     q = nearest(torch.eye(n), QFormat.parse("int8:channel"))
     call = KERNELS["decoding"].prepare(q, None, None, Static())
@@ -309,9 +315,9 @@ def test_hadamard(n: int) -> None:
     for before, source in (("", x), ("silu_mul|", nn.functional.silu(x) * other)):
         got = call.operator(
             x, *call.parameters.values(), *call.constants,
-            before=f"{before}hadamard:{n}", other=other,
+            before=f"{before}hadamard:{n}:{core}", other=other,
         )  # fmt: skip
-        want = torch.ops.qc.hadamard(source.double())
+        want = torch.ops.qc.hadamard(source.double(), core)
         assert (got - want).norm() / want.norm() < 1e-6
 
 
@@ -321,8 +327,8 @@ def test_online_rotations_are_part_of_the_rounding() -> None:
     passes = f"canonicalize,rotate{{online=true}},fold{{optional=true}},{W4A8}"
     made = qcompiler.compile(module, example, passes=passes, backend=backend)
     chains = [n.kwargs.get("before", "") for n in linears(made)]
-    assert sum("silu_mul|times|hadamard:80" in c for c in chains) == 2
-    assert sum(c == "rms_norm:1e-06|hadamard:48" for c in chains) == 4
+    assert sum("silu_mul|times|hadamard:80:10" in c for c in chains) == 2
+    assert sum(c == "rms_norm:1e-06|hadamard:48:3" for c in chains) == 4
     assert not any("hadamard" in str(n.args[0].target) for n in linears(made))
     inputs = random_inputs(made.program.io, 3)
     assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) < 2e-2

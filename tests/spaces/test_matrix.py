@@ -14,6 +14,7 @@ from torch import nn
 
 import qcompiler
 from qcompiler import BadInput, Edit, PassError, Program
+from qcompiler.cores import fast_core, flatness, orthogonal_core, random_hadamard
 from qcompiler.hadamard import hadamard, random_signs
 from qcompiler.pipeline import run_pipeline
 from qcompiler.program import node_id
@@ -184,24 +185,65 @@ def test_hadamard(n: int) -> None:
 
 
 def test_sizes_without_a_construction() -> None:
-    generator = torch.Generator().manual_seed(0)
     for n in (0, 3, 6, 92):
-        assert hadamard(n) is None and random_signs(n, generator) is None
+        assert hadamard(n) is None
         with pytest.raises(ValueError, match="no Hadamard matrix"):
             torch.ops.qc.hadamard(torch.ones(2, n))
 
 
-@pytest.mark.parametrize("n", [1, 2, 12, 48, 80, 128, 344, 2816])
-def test_fast_transform(n: int) -> None:
-    """qc::hadamard is x Hᵀ / √n, and its gradient is that of the matrix."""
-    x = torch.randn(3, 5, n, dtype=torch.float64, requires_grad=True)
-    matrix = hadamard(n)
+@pytest.mark.parametrize("n", range(1, 200, 2))
+def test_any_odd_factor_has_a_core(n: int) -> None:
+    """Orthogonal, and nearly as flat as Hadamard's: of the factor or of twice it."""
+    core = fast_core(16 * n)
+    assert core in (n, 2 * n)
+    matrix = orthogonal_core(core)
     assert matrix is not None
-    wanted = x @ matrix.t() / n**0.5
-    torch.testing.assert_close(torch.ops.qc.hadamard(x), wanted, rtol=1e-12, atol=1e-12)
+    identity = torch.eye(core, dtype=torch.float64)
+    torch.testing.assert_close(matrix @ matrix.t(), identity, rtol=0, atol=1e-13)
+    assert flatness(matrix) < (1.19 if n in (3, 5, 7, 9, 11, 13, 15, 27, 35, 37, 43) else 1.51)
+
+
+@pytest.mark.parametrize(
+    ("n", "factor", "core"),
+    [
+        *((0, 0, None), (1, 1, 1), (4096, 1, 1), (5120, 5, 10), (11008, 43, 43)),
+        *((18432, 9, 18), (92, 23, 23), (5, 5, 5), (2 * 1031, 1031, None)),
+    ],
+)
+def test_the_core_of_a_size(n: int, factor: int, core: int | None) -> None:
+    """It is flat to a fifth, where that is to be had; nobody multiplies by a huge matrix."""
+    assert fast_core(n) == core
+    signs = random_signs(n, torch.Generator().manual_seed(0))
+    matrix = random_hadamard(n, signs) if n < 100 or core is None else None
+    assert (matrix is None) == (core is None or n >= 100)
+    if matrix is not None:
+        assert flatness(matrix) < 1.5
+        torch.testing.assert_close(matrix @ matrix.t(), torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("core", [0, 2, 4, 3, 24])
+def test_a_transform_that_there_is_not(core: int) -> None:
+    with pytest.raises(ValueError, match=f"of size 16 with a core of {core} can be constructed"):
+        torch.ops.qc.hadamard(torch.ones(2, 16), core)
+
+
+@pytest.mark.parametrize(
+    ("n", "core"),
+    [
+        *((1, 1), (2, 1), (12, 1), (48, 1), (80, 1), (128, 1), (344, 1), (2816, 1)),
+        *((11, 11), (12, 3), (80, 10), (344, 43), (368, 23), (2816, 11)),
+    ],
+)
+def test_fast_transform(n: int, core: int) -> None:
+    """qc::hadamard is x (O ⊗ H)ᵀ / √n, and its gradient is that of the matrix."""
+    x = torch.randn(3, 5, n, dtype=torch.float64, requires_grad=True)
+    outer, inner = orthogonal_core(core), hadamard(n // core)
+    assert outer is not None and inner is not None
+    wanted = x @ torch.kron(outer, inner).t() / len(inner) ** 0.5
+    torch.testing.assert_close(torch.ops.qc.hadamard(x, core), wanted, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(wanted)
     (by_matrix,) = torch.autograd.grad((wanted * weight).sum(), x)
-    (by_transform,) = torch.autograd.grad((torch.ops.qc.hadamard(x) * weight).sum(), x)
+    (by_transform,) = torch.autograd.grad((torch.ops.qc.hadamard(x, core) * weight).sum(), x)
     torch.testing.assert_close(by_matrix, by_transform, rtol=1e-12, atol=1e-12)
 
 

@@ -6,7 +6,7 @@
 `silu_mul`      silu(x) · other                                 (SwiGLU, Shazeer 2020)
 `gelu`          `gelu_tanh` too: see `functions.py`
 `times`         x · gain: the signs of a random transform
-`hadamard`      x Hᵀ / √n                                       (`butterfly.py`)
+`hadamard`      x (O ⊗ H)ᵀ / √2^k                               (`butterfly.py`)
 ==============  =============================================================================
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from qcompiler.backends.cpu.codegen.butterfly import Butterfly, spare
+from qcompiler.backends.cpu.codegen.butterfly import Butterfly
 from qcompiler.backends.cpu.codegen.emit import FLOAT, Code, Value, Variable, vector
 from qcompiler.backends.cpu.codegen.functions import FUNCTIONS
 from qcompiler.backends.cpu.codegen.isa import Isa
@@ -33,21 +33,18 @@ class Before:
     name: str
     number: float = 0.0
     """ε of a norm, the size of a transform."""
+    core: int = 1
+    """Of a transform."""
 
     @classmethod
     def parse(cls, text: str) -> tuple[Before, ...]:
-        """`rms_norm:1e-05`, `silu_mul|hadamard:1024`: one after the other."""
-        parts = [part.partition(":") for part in text.split("|") if part]
-        return tuple(cls(name, float(number or 0)) for name, _, number in parts)
+        """`rms_norm:1e-05`, `silu_mul|hadamard:2816:11`: one after the other."""
+        parts = [(*part.split(":"), "", "")[:3] for part in text.split("|") if part]
+        return tuple(cls(name, float(n or 0), int(core or 1)) for name, n, core in parts)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.number!r}" if self.number else self.name
-
-
-def spare_bytes(isa: Isa, chain: tuple[Before, ...]) -> int:
-    """Bytes that each thread works in besides a row."""
-    sizes = [int(b.number) for b in chain if b.name == "hadamard"]
-    return max((spare(isa, n) for n in sizes), default=0)
+        core = f":{self.core}" if self.core > 1 else ""
+        return f"{self.name}:{self.number!r}{core}" if self.number else self.name
 
 
 class Row:
@@ -56,19 +53,17 @@ class Row:
     def __init__(self, code: Code, isa: Isa, given: Mapping[str, Value], row: Value) -> None:
         self.code, self.isa, self.given, self.row = code, isa, given, row
 
-    def write(self, chain: tuple[Before, ...], other: Value, work: Value, free: Value) -> None:
-        """`other` is the second row, where there is one; `free` memory to work in."""
+    def write(self, chain: tuple[Before, ...], other: Value, work: Value) -> None:
+        """`other` is the second row, where there is one."""
         for before in chain:
             if before.name in ("rms_norm", "layer_norm"):
                 self._norm(before, work)
             elif before.name == "hadamard":
-                self._hadamard(int(before.number), work, free)
+                transform = Butterfly(self.code, self.isa, int(before.number), before.core)
+                transform.write(self.row, work)
             else:
                 self._function(before.name, other, work)
             self.row = work
-
-    def _hadamard(self, n: int, work: Value, free: Value) -> None:
-        Butterfly(self.code, self.isa, n).write(self.row, work, free)
 
     def _function(self, name: str, other: Value, work: Value) -> None:
         function = FUNCTIONS.get(name.removesuffix("_mul"))

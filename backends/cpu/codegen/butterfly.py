@@ -1,136 +1,122 @@
-"""A Hadamard transform of one row in memory, x Hᵀ / √n with H = H₂ ⊗ … ⊗ H₂ ⊗ H_m.
+"""A fast transform of one row in memory, x (O ⊗ H₂ ⊗ … ⊗ H₂)ᵀ / √2^k, of n = c 2^k numbers.
 
-n = 2^k m: first each run of m numbers is multiplied by the small matrix H_m, then runs are added
-and subtracted, (a, b) → (a + b, a - b), in k stages of growing distance. What is nearer than a
-vector is wide stays in a register.
+Numbers are added and subtracted, (a, b) → (a + b, a - b), in k stages of growing distance; what is
+nearer than a vector is wide stays in a register. Then O (`qcompiler/cores.py`) mixes the c runs of
+2^k. Its rows have two or three different entries, so that a row is a sum over all numbers and one
+over some of them: less than c / 2 additions, all numbers of a vector at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 
 from llvmlite import ir
 
-from qcompiler.backends.cpu.codegen.emit import FLOAT, I32, PTR, Code, Number, Value, vector
+from qcompiler.backends.cpu.codegen.emit import FLOAT, I32, Code, Number, Value, vector
 from qcompiler.backends.cpu.codegen.isa import Isa
-from qcompiler.hadamard import core_size, hadamard_core
+from qcompiler.cores import orthogonal_core
+
+LARGEST = 128
+"""Core whose additions are written out one by one."""
+BLOCK = 2048
+"""Numbers that go through all their stages while they are in the first cache."""
 
 
-def spare(isa: Isa, n: int) -> int:
-    """Bytes of memory besides the row that a transform of `n` numbers works in."""
-    return 4 * (n + isa.lanes) if core_size(n) != 1 else 0
+def has_butterfly(n: int, core: int) -> bool:
+    """Whether there is code for a transform of `n` numbers with O_core."""
+    size, rest = divmod(n, core)
+    return rest == 0 and size > 0 and size & (size - 1) == 0 and core <= LARGEST
 
 
 class Butterfly:
     """Writes the code of a transform of `n` numbers."""
 
-    def __init__(self, code: Code, isa: Isa, n: int) -> None:
-        core = core_size(n)
-        assert core is not None
+    def __init__(self, code: Code, isa: Isa, n: int, core: int) -> None:
+        assert has_butterfly(n, core)
         self.code, self.isa, self.n, self.core = code, isa, n, core
+        self.size = n // core
 
-    def write(self, source: Value, row: Value, other: Value) -> None:
-        """From `source` to `row`, which may be one; `other` is memory of `spare` bytes."""
-        if self.core == 1:
-            distance = self._inside(source, row)
-        else:
-            self._cores(source, other)
-            distance, source = self.core, other
-            if distance == self.n:
-                self._each(self.n, lambda at, size: self._copy(other, row, at, size))
-        while distance < self.n:
-            start = row if self.core == 1 else source
-            if 4 * distance <= self.n:
-                self._stages(start, row, distance, 4)
-                distance *= 4
-            else:
-                self._stages(start, row, distance, 2)
-                distance *= 2
-            source = row
+    def write(self, source: Value, row: Value) -> None:
+        """From `source` to `row`, which may be one."""
+        code, block = self.code, min(self.size, BLOCK)
+        with code.loop(0, self.n, block) as start:
+            begin = code.mul(start, 4)
+            here = code.at(row, begin)
+            done = self._near(code.at(source, begin), here, block)
+            self._far(here, block, done, block)
+        self._far(row, self.n, block, self.size)
+        if self.core > 1:
+            self._each(self.size, lambda at, lanes: self._mix(row, at, lanes))
 
-    def _cores(self, row: Value, other: Value) -> None:
-        """Each run of m numbers by H_m, into `other`; two at a time share the matrix."""
-        code, lanes, m = self.code, self.isa.lanes, self.core
-        vectors = -(-m // lanes)
-        matrix = self._matrix(vectors * lanes)
-        together = 1 if self.n == m else 2
-        with code.loop(0, self.n // m, together) as run:
-            firsts = [code.mul(code.add(run, r), 4 * m) for r in range(together)]
-            sums = [[code.variable(vector(FLOAT, lanes)) for _ in range(vectors)] for _ in firsts]
-            for sum_ in (s for part in sums for s in part):
-                sum_.set(ir.Constant(vector(FLOAT, lanes), None))
-            with code.loop(0, m) as i:
-                column = code.mul(i, 4 * vectors * lanes)
-                signs = [
-                    code.load(vector(FLOAT, lanes), matrix, code.add(column, v * self.isa.bytes))
-                    for v in range(vectors)
-                ]
-                for first, part in zip(firsts, sums, strict=True):
-                    x = code.load(FLOAT, row, code.add(first, code.mul(i, 4)))
-                    x = code.splat(x, lanes)
-                    for sign, sum_ in zip(signs, part, strict=True):
-                        sum_.set(code.fma(x, sign, sum_.get()))
-            # What the last vector writes too much is the next run's, which is written after it.
-            for first, part in zip(firsts, sums, strict=True):
-                for v, sum_ in enumerate(part):
-                    code.store(sum_.get(), other, code.add(first, v * self.isa.bytes))
+    def _mix(self, row: Value, at: Value, lanes: int) -> None:
+        """O on the numbers at `at` of all runs."""
+        code, kind = self.code, vector(FLOAT, lanes)
+        places = [code.add(at, 4 * self.size * run) for run in range(self.core)]
+        sums = _Sums(code, [code.load(kind, row, place) for place in places])
+        whole = sums.of(range(self.core))
+        matrix = orthogonal_core(self.core)
+        assert matrix is not None
+        for place, entries in zip(places, matrix.tolist(), strict=True):
+            runs: dict[float, list[int]] = {}
+            for run, entry in enumerate(entries):
+                runs.setdefault(round(entry, 12), []).append(run)
+            common = max(runs, key=lambda entry: len(runs[entry]))
+            y = code.b.fmul(whole, code.constant(FLOAT, common, lanes))
+            for entry in runs.keys() - {common}:
+                y = code.fma(sums.of(runs[entry]), code.constant(FLOAT, entry - common, lanes), y)
+            code.store(y, row, place)
 
-    def _matrix(self, width: int) -> Value:
-        """H_mᵀ / √n as a constant, rows of `width` numbers."""
-        module = self.code.function.module
-        name = f"hadamard_{self.n}_{width}"
-        known = module.globals.get(name)
-        if known is None:
-            rows = (hadamard_core(self.core).t() * self.n**-0.5).tolist()
-            numbers = [x for r in rows for x in (*r, *[0.0] * (width - self.core))]
-            kind = ir.ArrayType(FLOAT, len(numbers))
-            known = ir.GlobalVariable(module, kind, name)
-            known.linkage, known.global_constant = "internal", True
-            known.initializer = ir.Constant(kind, numbers)
-        return self.code.b.bitcast(known, PTR)
-
-    def _copy(self, source: Value, target: Value, at: Value, lanes: int) -> None:
-        self.code.store(self.code.load(vector(FLOAT, lanes), source, at), target, at)
-
-    def _inside(self, source: Value, row: Value) -> int:
-        """The stages within a vector, and 1 / √n; the distance of the next one."""
-        code, lanes = self.code, min(self.isa.lanes, self.n)
+    def _near(self, source: Value, row: Value, count: int) -> int:
+        """1 / √2^k and the stages within four vectors; the distance of the next one."""
+        code, lanes = self.code, min(self.isa.lanes, self.size)
+        together = min(4, self.size // lanes)
         kind = vector(FLOAT, lanes)
-        with code.loop(0, self.n, lanes) as i:
-            x = code.load(kind, source, code.mul(i, 4))
-            x = code.b.fmul(x, code.constant(FLOAT, self.n**-0.5, lanes))
+        with code.loop(0, count, lanes * together) as i:
+            places = [code.mul(code.add(i, lanes * j), 4) for j in range(together)]
+            x = [code.load(kind, source, place) for place in places]
+            x = [code.b.fmul(v, code.constant(FLOAT, self.size**-0.5, lanes)) for v in x]
             distance = 1
             while distance < lanes:
-                order = [n ^ distance for n in range(lanes)]
+                order = ir.Constant(vector(I32, lanes), [n ^ distance for n in range(lanes)])
                 signs = [-1.0 if n & distance else 1.0 for n in range(lanes)]
-                swapped = code.b.shuffle_vector(
-                    x, ir.Constant(kind, ir.Undefined), ir.Constant(vector(I32, lanes), order)
-                )
-                x = code.fma(x, ir.Constant(kind, signs), swapped)
+                nothing = ir.Constant(kind, ir.Undefined)
+                x = [
+                    code.fma(v, ir.Constant(kind, signs), code.b.shuffle_vector(v, nothing, order))
+                    for v in x
+                ]
                 distance *= 2
-            code.store(x, row, code.mul(i, 4))
-        return lanes
+            for place, value in zip(places, self._crossed(x), strict=True):
+                code.store(value, row, place)
+        return lanes * together
 
-    def _stages(self, source: Value, row: Value, distance: int, radix: int) -> None:
-        """One stage, or two at once: (a, b, c, d) by H₂ ⊗ H₂."""
-        code, b = self.code, self.code.b
-        with code.loop(0, self.n, radix * distance) as start:
-            places = [code.mul(code.add(start, i * distance), 4) for i in range(radix)]
+    def _far(self, row: Value, count: int, distance: int, end: int) -> None:
+        """The stages from `distance` to before `end` of `count` numbers, two at once."""
+        code = self.code
+        while distance < end:
+            radix = 4 if 4 * distance <= end else 2
+            with code.loop(0, count, radix * distance) as start:
+                places = [code.mul(code.add(start, i * distance), 4) for i in range(radix)]
 
-            def part(at: Value, lanes: int, places: list[Value] = places) -> None:
-                kind = vector(FLOAT, lanes)
-                x = [code.load(kind, source, code.add(p, at)) for p in places]
-                step = 1
-                while step < radix:
-                    x = [
-                        b.fsub(x[i ^ step], x[i]) if i & step else b.fadd(x[i], x[i ^ step])
-                        for i in range(radix)
-                    ]
-                    step *= 2
-                for place, value in zip(places, x, strict=True):
-                    code.store(value, row, code.add(place, at))
+                def part(at: Value, lanes: int, places: list[Value] = places) -> None:
+                    kind = vector(FLOAT, lanes)
+                    x = [code.load(kind, row, code.add(p, at)) for p in places]
+                    for place, value in zip(places, self._crossed(x), strict=True):
+                        code.store(value, row, code.add(place, at))
 
-            self._each(distance, part)
+                self._each(distance, part)
+            distance *= radix
+
+    def _crossed(self, x: list[Value]) -> list[Value]:
+        """x (H₂ ⊗ …): (a, b) → (a + b, a - b), then by fours."""
+        b, step = self.code.b, 1
+        while step < len(x):
+            x = [
+                b.fsub(x[i ^ step], x[i]) if i & step else b.fadd(x[i], x[i ^ step])
+                for i in range(len(x))
+            ]
+            step *= 2
+        return x
 
     def _each(self, count: int, part: Callable[[Value, int], None]) -> None:
         """`part` of `count` numbers, by vectors, and what is left one by one."""
@@ -140,3 +126,28 @@ class Butterfly:
             if first < last:
                 with self.code.loop(first, last, lanes) as i:
                     part(self.code.mul(i, 4), lanes)
+
+
+class _Sums:
+    """Sums of some of `numbers`. What they share is added once: each is a sum of the sums within
+    fours (the method of the four Russians: Arlazarov, Dinic, Kronrod and Faradžev 1970)."""
+
+    def __init__(self, code: Code, numbers: list[Value]) -> None:
+        self._b, self._numbers = code.b, numbers
+        self._known: dict[tuple[int, ...], Value] = {}
+
+    def of(self, places: Iterable[int]) -> Value:
+        fours = [tuple(four) for _, four in groupby(places, lambda place: place // 4)]
+        parts = [self._within(four) for four in fours]
+        while len(parts) > 1:  # by pairs, so that additions need not wait for one another
+            odd = parts[len(parts) // 2 * 2 :]
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [self._b.fadd(p, q) for p, q in pairs] + odd
+        return parts[0]
+
+    def _within(self, four: tuple[int, ...]) -> Value:
+        if four not in self._known:
+            first, *rest = four
+            number = self._numbers[first]
+            self._known[four] = self._b.fadd(self._within(tuple(rest)), number) if rest else number
+        return self._known[four]

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from qcompiler.backends.cpu.codegen.before import Before, Row, spare_bytes
+from qcompiler.backends.cpu.codegen.before import Before, Row
 from qcompiler.backends.cpu.codegen.emit import (
     FLOAT,
     I8,
@@ -104,10 +104,9 @@ class _Rows:
     ) -> Value:
         """The row behind what stands before the product."""
         size = code.mul(given["chunks"], 4 * CHUNK)
-        own = code.add(size, spare_bytes(self._isa, self._how.before))
-        work = code.at(given["work"], code.mul(thread, own))
+        work = code.at(given["work"], code.mul(thread, size))
         other = code.at(given["other"], code.mul(token, given["other_stride"]))
-        Row(code, self._isa, given, row).write(self._how.before, other, work, code.at(work, size))
+        Row(code, self._isa, given, row).write(self._how.before, other, work)
         return work
 
     def _zero(self, code: Code, given: Mapping[str, Value]) -> Value | None:
