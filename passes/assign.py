@@ -18,8 +18,9 @@ from qcompiler.facts import Facts
 from qcompiler.formats import QFormat, Scheme
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
+from qcompiler.program import op_name
 from qcompiler.schemes import FLOAT, fit, is_head, why_not
-from qcompiler.sites import Site, sites
+from qcompiler.sites import Site, site_of, sites
 from qcompiler.sums import sums
 
 
@@ -64,11 +65,25 @@ class Assign(Pass):
                 continue
             edit.spend(f"{scheme}", site.node)
             edit.assign(site.node, scheme)
+        self._others(edit)
         self._attention(edit)
         self._sums(edit)
         for number, (pattern, *_) in enumerate(rules):
             if number not in used:
                 raise BadInput(f"assign: exception {pattern!r} matches no site; see `inspect`")
+
+    def _others(self, edit: Edit) -> None:
+        """Say what stays in floating point since no format is made for its operator."""
+        for node in edit.calls():
+            weights = [x for x in node.all_input_nodes if edit.is_weight(x)]
+            large = [x for x in weights if x.meta["val"].ndim > 1 and x.meta["val"].numel() > 1]
+            if large and site_of(node) is None and not edit.is_weight(node):
+                shape = " × ".join(map(str, large[0].meta["val"].shape))
+                edit.skip(
+                    node,
+                    f"stays in floating point, with a weight of {shape}: formats are for linear, "
+                    f"convolution and embedding, not for {op_name(node.target)}",
+                )
 
     def _attention(self, edit: Edit) -> None:
         texts = {"key": self.key, "value": self.value, "probabilities": self.probabilities}

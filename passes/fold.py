@@ -19,6 +19,7 @@ from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.program import node_id, op_name
+from qcompiler.sites import sites
 from qcompiler.stored import DECODERS
 
 aten = torch.ops.aten
@@ -53,6 +54,7 @@ class Fold(Pass):
         return ROUNDING.get(facts.program.dtype, 1e-1)
 
     def run(self, edit: Edit, facts: Facts) -> None:
+        read = {site.weight for site in sites(edit.nodes)}
         for node in edit.calls():
             if not edit.is_weight(node) or all(map(edit.is_weight, node.users)):
                 continue
@@ -61,8 +63,9 @@ class Fold(Pass):
             tree = _expression(node)
             if any(n.target in DECODERS for n in tree):
                 continue  # stored in low precision already
-            if all(n.target in VIEWS for n in tree if n.op == "call_function"):
-                continue  # a view costs nothing
+            views = all(n.target in VIEWS for n in tree if n.op == "call_function")
+            if views and node not in read:
+                continue  # a view costs nothing, and only a layer's weight is to be stored anew
             self._fold(edit, facts, node, tree)
 
     def _fold(self, edit: Edit, facts: Facts, node: fx.Node, tree: list[fx.Node]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +27,8 @@ class Verdict:
     """Result of a check. `error` is the largest relative error of an output, ‖a - b‖ / ‖a‖."""
 
     error: float = 0.0
+    output: str = ""
+    """Which of several outputs it is of."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     nodes: Mapping[str, float] = field(default_factory=dict)
     """SQNR in dB of each touched node that both programs have."""
@@ -54,20 +57,36 @@ class Checker:
             return Verdict(error=math.inf if change.graph_changed else 0.0)
         if effect is Effect.LOWER:
             return self._lowered(before, after, touched)
-        error = self._error(before, after, torch.float64)
+        numbers, decided = self._errors(before, after)
         if effect is Effect.EXACT:
-            return Verdict(error)
-        capture_error = self._error(self._capture, after, torch.float64)
+            return Verdict(*_worst({**numbers, **decided}))
+        # Integers (an argmax, a mask) are decided by numbers, and some turn where these move.
+        error, output = _worst(numbers or decided)
+        since, turned = self._errors(self._capture, after)
+        capture_error, _ = _worst(since or turned)
         metrics = {
             "sqnr_db": sqnr_db(error),
             "capture_error": capture_error,
             "capture_sqnr_db": sqnr_db(capture_error),
         }
-        return Verdict(error, metrics, self._touched(before, after, touched))
+        if turned:
+            metrics["turned"] = max(turned.values())
+        return Verdict(error, output, metrics, self._touched(before, after, touched))
 
-    def _error(self, before: Program, after: Program, dtype: torch.dtype) -> float:
-        pairs = zip(self._outputs(before, dtype), self._outputs(after, dtype), strict=True)
-        return max((relative_error(a, b) for a, b in pairs), default=0.0)
+    def _errors(
+        self, before: Program, after: Program
+    ) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """Output → its largest error, of numbers and of integers."""
+        numbers: dict[str, float] = {}
+        decided: dict[str, float] = {}
+        pairs = zip(
+            self._outputs(before, torch.float64), self._outputs(after, torch.float64), strict=True
+        )
+        for a, b in pairs:
+            for name, x, error in zip(before.io.output_names, a, output_errors(a, b), strict=True):
+                kind = decided if is_decided(x) else numbers
+                kind[name] = max(kind.get(name, 0.0), error)
+        return numbers, decided
 
     def _outputs(self, program: Program, dtype: torch.dtype) -> list[tuple[object, ...]]:
         key = (id(program), dtype)
@@ -138,22 +157,41 @@ class Beside:
         return self._wanted[last]
 
 
+def _worst(errors: Mapping[str, float]) -> tuple[float, str]:
+    """The largest error, and the name of its output where there are several."""
+    name = max(errors, key=errors.__getitem__, default="")
+    return errors.get(name, 0.0), name if len(errors) > 1 else ""
+
+
+def is_decided(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor of integers or truth values."""
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+
 def relative_error(a: object, b: object) -> float:
-    """Largest ‖a - b‖ / ‖a‖ over the tensors of two structures; integers must be equal (else inf).
+    """Largest ‖a - b‖ / ‖a‖ over the tensors of two structures; of integers, the share that differ.
 
     Places where both are the same NaN or infinity count as equal.
     """
-    worst = 0.0
-    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            worst = max(worst, 0.0 if x == y else math.inf)
-        elif x.shape != y.shape:
-            return math.inf
-        elif not x.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(x, y.to(x.device)) else math.inf)
-        else:
-            worst = max(worst, _relative(x.double(), y.double()))
-    return worst
+    return max(output_errors(a, b), default=0.0)
+
+
+def output_errors(a: object, b: object) -> list[float]:
+    """`relative_error` of each tensor."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return [_output_error(x, y) for x, y in pairs]
+
+
+def _output_error(x: object, y: object) -> float:
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return 0.0 if x == y else math.inf
+    if x.shape != y.shape:
+        return math.inf
+    if x.is_complex():
+        x, y = torch.view_as_real(x), torch.view_as_real(y)
+    if x.is_floating_point():
+        return _relative(x.double(), y.double())
+    return (x != y.to(x.device)).double().mean().item() if x.numel() else 0.0
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -13,21 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 from torch.utils import _pytree as pytree
 
 from qcompiler.diff import NodeText, ParamText, Snapshot, diff
-from qcompiler.edit import fake_call
 from qcompiler.errors import BadInput
 from qcompiler.formats import QFormat, Scheme
 from qcompiler.history import Effect, Reason, Step
 from qcompiler.io import Port, Signature
 from qcompiler.program import Program, Tag
+from qcompiler.shapes import propagate
 
 Json = Any  # what the json module reads and writes
 
@@ -56,7 +50,8 @@ def decode_program(raw: Json, params: Mapping[str, Tensor]) -> Program:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in raw["graph"]:
-        args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
+        args = _decode(entry["args"], nodes)
+        kwargs = {name: _decode(value, nodes) for name, value in entry["kwargs"].items()}
         target = entry["target"]
         if entry["op"] == "call_function":
             target = _decode_target(target)
@@ -74,7 +69,7 @@ def decode_program(raw: Json, params: Mapping[str, Tensor]) -> Program:
         maps=raw.get("maps", {}),
         metadata=raw.get("metadata", {}),
     )
-    _propagate(program)
+    propagate(program)
     return program
 
 
@@ -117,17 +112,16 @@ def _decode(value: Json, nodes: Mapping[str, fx.Node]) -> Any:
         return [_decode(v, nodes) for v in value]
     if not isinstance(value, dict):
         return value
-    if len(value) == 1:
-        ((key, inner),) = value.items()
-        if key == "node":
-            return nodes[inner]
-        if key == "float":
-            return float(inner)
-        if key == "device":
-            return torch.device(inner)
-        if key in ("dtype", "layout", "memory_format"):
-            return getattr(torch, inner)
-    return {k: _decode(v, nodes) for k, v in value.items()}
+    ((key, inner),) = value.items()
+    if key == "node":
+        return nodes[inner]
+    if key == "float":
+        return float(inner)
+    if key == "device":
+        return torch.device(inner)
+    if key in ("dtype", "layout", "memory_format"):
+        return getattr(torch, inner)
+    raise KeyError(key)
 
 
 def _encode_target(target: object) -> str:
@@ -222,34 +216,6 @@ def _modules(spec: pytree.TreeSpec) -> set[str]:
     return inner | {getattr(spec.type, "__module__", "builtins")}
 
 
-def _propagate(program: Program) -> None:
-    """Give every node its fake value: dynamic dimensions become symbols again."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    # Equal sizes become one symbol ("duck shaping"), so each named dimension gets its own size.
-    primes = (5, 7, 11, 13, 17, 19, 23, 29)
-    sizes = {d: primes[i % 8] for i, d in enumerate(program.io.dims)}
-    feed = iter(program.io.ports)
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            name = program.slots.get(node.name)
-            if name is not None:
-                node.meta["val"] = mode.from_tensor(program.params[name], static_shapes=True)
-            else:
-                node.meta["val"] = _fake_input(next(feed), sizes, mode)
-        elif node.op == "call_function":
-            node.meta["val"] = fake_call(node, mode)
-
-
-def _fake_input(port: Port, sizes: Mapping[str, int], mode: FakeTensorMode) -> object:
-    if not port.is_tensor:
-        return port.constant
-    shape = [sizes[d] if isinstance(d, str) else d for d in port.shape]
-    dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in port.shape]
-    example = torch.empty(shape, dtype=port.dtype)
-    context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=dynamic)  # type: ignore
-    return mode.from_tensor(example, symbolic_context=context)
-
-
 # --- histories ---------------------------------------------------------------------------------
 
 
@@ -311,8 +277,8 @@ def decode_history(raw: Json) -> tuple[Step, ...]:
                 after=after,
                 edits=tuple(Reason(why, tuple(ids)) for why, ids in entry["edits"]),
                 skipped=tuple(Reason(why, tuple(ids)) for why, ids in entry["skipped"]),
-                metrics=_decode(entry["metrics"], {}),
-                nodes=_decode(entry["nodes"], {}),
+                metrics={k: _decode(v, {}) for k, v in entry["metrics"].items()},
+                nodes={k: _decode(v, {}) for k, v in entry["nodes"].items()},
                 notes=tuple(entry["notes"]),
                 seconds=entry["seconds"],
             )

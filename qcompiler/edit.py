@@ -7,8 +7,9 @@ pipeline stop a pass after n edits (fuel) and bisect a broken one down to the fi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +26,8 @@ from qcompiler.layout import in_place, layouts
 from qcompiler.program import Program, Tag, node_id, op_name
 
 Target = Callable[..., object]
+
+_log = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class OutOfFuel(Exception):
@@ -245,6 +248,11 @@ class Edit:
 
     def assign(self, node: fx.Node, scheme: Scheme) -> None:
         """Set the scheme of a site in the plan."""
+        if not isinstance(scheme, Scheme):
+            raise PassError(
+                f"pass {self._by!r} assigns {scheme!r} to {node_id(node)}; expected a Scheme, as "
+                "in Scheme(weight=QFormat.parse('int8:channel'))"
+            )
         self._touch(node)
         self._plan[node_id(node)] = scheme
 
@@ -260,6 +268,12 @@ class Edit:
                 raise PassError(
                     f"pass {self._by!r} made node {node.name!r} behind the editor's back; "
                     "use edit.call"
+                )
+        for node, copy in self._own.items():
+            if not copy._erased and copy.target != node.target:
+                raise PassError(
+                    f"pass {self._by!r} made another operator of node {node_id(node)} behind the "
+                    "editor's back; use edit.call and edit.replace"
                 )
         self.graph.lint()
         slots = {n.name: self._slots[n.name] for n in self.graph.nodes if n.name in self._slots}
@@ -359,8 +373,18 @@ def fake_call(node: fx.Node, mode: FakeTensorMode | None) -> object:
     """Result of a call on the fake values of its inputs: shape and type without arithmetic."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     # torch 2.11's composite operators take symbolic sizes only where Python decomposes them.
-    with torch.no_grad(), enable_python_dispatcher(), mode or nullcontext():
+    with torch.no_grad(), enable_python_dispatcher(), mode or nullcontext(), _unlogged():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch prints the traceback of a call that fails besides raising it."""
+    was, _log.disabled = _log.disabled, True
+    try:
+        yield
+    finally:
+        _log.disabled = was
 
 
 def _inputs(args: object, kwargs: object) -> list[fx.Node]:

@@ -44,6 +44,13 @@ class Progress:
     """How many there will be; 0 if not known."""
 
 
+ROUNDED = 1e-5
+"""An error that is more than float32's rounding of a weight."""
+ON_THE_EDGE = (
+    "That is about what float32 rounds off: write the map on the weight's edge (edit.new_param, "
+    "edit.call, edit.extend), where it is exact and `fold` rounds once, or declare the pass lossy"
+)
+
 Watcher = Callable[[Progress], None]
 Data = Callable[[], Iterable[Flat | Tagged[Flat]]]
 """Makes a fresh iterator over calibration batches; called once for each pass that needs one."""
@@ -181,6 +188,7 @@ def _attempt(
     tell: Callable[..., None],
 ) -> _Attempt:
     edit = Edit(program, step.name, fuel)
+    written = {name: value._version for name, value in program.params.items()}
     try:
         step.run(edit, facts)
     except OutOfFuel:
@@ -189,6 +197,12 @@ def _attempt(
         raise
     except Exception as error:  # any bug of a third party's pass, told with its name and place
         raise PassError(f"pass {step.name!r} failed{edit.place()}: {error!r}") from error
+    if in_place := [n for n, version in written.items() if program.params[n]._version != version]:
+        raise PassError(
+            f"pass {step.name!r} wrote into {', '.join(in_place[:3])} in place. The model that was "
+            "handed over has the same tensor, and is changed: load it again. A pass gives a "
+            "parameter another value by edit.set_param"
+        )
     after, edits, skipped, notes = edit.seal()
     known = program.history[-1].after
     change = diff(known, snapshot(after, known, program))
@@ -232,17 +246,24 @@ def _guilty(
         tell("bisecting")
         bad, worst = _bisect(full, attempt, limit)
     first = full.edits[bad - 1]
+    where = f" at {worst.verdict.output}" if worst.verdict.output else ""
     what = {
-        Effect.EXACT: f"differs by {worst.verdict.error:.1e} in float64 (allowed {limit:.0e})",
+        Effect.EXACT: (
+            f"differs by {worst.verdict.error:.1e}{where} in float64 (allowed {limit:.0e})"
+        ),
         Effect.PLAN: f"changed the graph or a parameter ({worst.change})",
-        Effect.LOSSY: f"costs a relative error of {worst.verdict.error:.3g} (budget {limit:.3g})",
+        Effect.LOSSY: (
+            f"costs a relative error of {worst.verdict.error:.3g}{where} (budget {limit:.3g})"
+        ),
         Effect.LOWER: f"is off the reference by {worst.verdict.error:.1e} (allowed {limit:.0e})",
     }[step.effect]
     if worst.verdict.failure:
         what = f"leaves a program that fails to run: {worst.verdict.failure}"
+    rounded = step.effect is Effect.EXACT and limit < worst.verdict.error < ROUNDED
     return PassError(
         f"pass {step.name!r} promises {step.effect} but {what}; rolled back. First bad edit: "
-        f"number {bad} of {len(full.edits)}, {first.why!r}, at {', '.join(first.nodes[:4])}",
+        f"number {bad} of {len(full.edits)}, {first.why!r}, at {', '.join(first.nodes[:4])}"
+        + (f". {ON_THE_EDGE}" if rounded and worst.change.params else ""),
         what=what,
         nodes=tuple(full.edits[n].nodes[0] for n in guilty) or first.nodes,
     )

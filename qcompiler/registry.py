@@ -168,7 +168,7 @@ def _one(text: str, what: str) -> PassSpec:
     return specs[0]
 
 
-Base = TypeVar("Base")
+Base = TypeVar("Base", Pass, Rounding, Metric, Backend)
 
 
 def _class(group: str, name: str, base: type[Base]) -> type[Base]:
@@ -187,5 +187,10 @@ def _class(group: str, name: str, base: type[Base]) -> type[Base]:
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise BadInput(
             f"{what} {name!r} is {cls!r}; expected a subclass of qcompiler.{base.__name__}"
+        )
+    if cls.name != name:
+        raise BadInput(
+            f"{what} {name!r} ({known[name]}) calls itself {cls.name!r}; its entry point must have "
+            "the same name"
         )
     return cls

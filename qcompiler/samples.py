@@ -24,10 +24,6 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
         if name in io.dims:
             low, high = io.dims[name]
             chosen[name] = max(low, min(wanted, high or wanted))
-    # Dimensions that only the example showed to be equal (a mask's batch) are drawn as equal.
-    for name in chosen:
-        if name.rstrip("0123456789") in chosen:
-            chosen[name] = chosen[name.rstrip("0123456789")]
     return tuple(
         _draw(port, chosen, generator) if port.is_tensor else port.constant for port in io.ports
     )
@@ -58,7 +54,7 @@ def sizes_for(io: Signature, batch: int, sequence: int, past: int = 0) -> dict[s
 
 
 def _size(index: int, seed: int, low: int, high: int | None) -> int:
-    size = (3, 11, 5, 7)[index % 4] + seed - 1
+    size = (3, 11, 5, 7, 13, 9)[index % 6] + seed - 1
     return max(low, min(size, high or size))
 
 

@@ -180,6 +180,20 @@ def test_attention(name: str) -> None:
     assert node.kwargs["scale"] == pytest.approx(scale.get(name, 0.49), rel=1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_without_heads_has_one(masked: bool) -> None:
+    def run(q: Tensor) -> Tensor:
+        mask = torch.cat([q > 0] * 2, 1)[:, : q.shape[1], :1].expand(-1, -1, q.shape[1])
+        return nn.functional.scaled_dot_product_attention(
+            q, q, q, mask if masked else None, is_causal=not masked
+        )
+
+    program = canonical(run, torch.randn(2, 5, 8))
+    assert operators(program)["scaled_dot_product_attention"] == 1
+    node = call(program, "scaled_dot_product_attention")
+    assert node.meta["val"].ndim == 4
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["bfloat16", "float32 inside"])
 def test_attention_in_other_types(wide: bool) -> None:
     """softmax in float32 over scores in bfloat16; or all of it in float32."""

@@ -14,7 +14,7 @@ LAYERS = (
     "spec formats allocate cores",
     "options observers keep ops ranges tagged seen timing",
     "io history program match",
-    "diff edit run samples sites objective module",
+    "diff edit run samples shapes sites objective module",
     "rounding",
     "stored attention sums blocks vectors indices",
     "padding states",

@@ -36,6 +36,35 @@ def test_round_trip(name: str, backend: str, tmp_path: Path) -> None:
     assert loaded.bytes == compiled.bytes
 
 
+class Odd(torch.nn.Module):
+    """An operator with one keyword alone, which is a type; two inputs of one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.mix(x, y, y, need_weights=False)[0].sum(1, dtype=torch.float64)
+
+
+def test_dimensions_that_must_be_one_are_one(tmp_path: Path) -> None:
+    """torch.export proves no equality through a view."""
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    made = qcompiler.compile(Odd(), example, recipe="w8a8-dynamic")
+    assert [p.shape for p in made.program.io.ports] == [
+        ("batch", "sequence", 16),
+        ("batch", "sequence2", 16),
+    ]
+    made.save(tmp_path / "out")
+    loaded = qcompiler.load(tmp_path / "out")
+    for batch, first, second in ((2, 5, 7), (3, 9, 4)):
+        inputs = torch.randn(batch, first, 16), torch.randn(batch, second, 16)
+        assert torch.equal(loaded(*inputs), made(*inputs))
+    with pytest.raises(BadInput, match=r"y: .* does not take shape .*batch = 2"):
+        made(torch.randn(2, 5, 16), torch.randn(3, 7, 16))
+
+
 def test_a_loaded_program_can_be_rewritten_further(tmp_path: Path) -> None:
     model, example = zoo.build("llama")
     half_way = qcompiler.compile(model, example, passes="canonicalize", backend="reference")

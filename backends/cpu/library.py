@@ -42,7 +42,7 @@ def linear_int8(
 
 def linear_packed8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """y = (x q_wᵀ) s_w + b with x rounded to bfloat16; weight (out, in) int8, scale (out,)."""
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
     # The scale is applied behind the product: inside, it would be rounded to bfloat16.
     one = torch.ones(weight.shape[0], dtype=torch.bfloat16)
     y = torch._weight_int8pack_mm(rows, weight, one).float().mul_(scale)
@@ -56,7 +56,7 @@ def linear_packed4(
 
     `weight` is torch's packing for this CPU, `scales` (in / group, out, 2) bfloat16, `width` = out.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
     scales = scales.to(torch.bfloat16)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, scales).float()
     return _finish(y, x, bias)

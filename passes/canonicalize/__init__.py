@@ -56,6 +56,7 @@ RULES = (
     norms.absorb_bias,
     attention.raise_rope,
     sdpa.raise_attention,
+    sdpa.give_heads,
     attention.raise_grouped_heads,
     linear.raise_linear,
     linear.store_turned,

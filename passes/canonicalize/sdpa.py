@@ -44,6 +44,23 @@ def raise_attention(edit: Edit) -> None:
         _raise(edit, node, scores, q, kt, value)  # type: ignore[arg-type]
 
 
+def give_heads(edit: Edit) -> None:
+    """Attention without heads has one: kernels and runtimes take four axes."""
+    for node in edit.calls(aten.scaled_dot_product_attention.default):
+        *operands, mask = (*node.args[:4], node.kwargs.get("attn_mask"))[:4]
+        if any(x.meta["val"].ndim != 3 for x in operands):  # type: ignore[union-attr]
+            continue
+        edit.spend("attention without heads is attention with one", node)
+        added = [edit.call(aten.unsqueeze.default, x, 1, like=node) for x in operands]
+        kwargs = dict(node.kwargs)
+        if isinstance(mask, fx.Node) and mask.meta["val"].ndim == 3:
+            mask = edit.call(aten.unsqueeze.default, mask, 1, like=node)
+        kwargs.pop("attn_mask", None)
+        args = (*added, mask, *node.args[4:])
+        whole = edit.call(node.target, *args, like=node, replaces=[node], **kwargs)  # type: ignore[arg-type]
+        edit.replace(node, edit.call(aten.squeeze.dim, whole, 1, like=node))
+
+
 def _hidden_rows(edit: Edit, scores: Scores, guarded: bool, infinite: set[fx.Node]) -> str | None:
     """Why attention would differ where a mask hides a whole row."""
     hides = scores.added in infinite

@@ -1,9 +1,10 @@
-"""Which dimensions of a module's inputs are dynamic: those that torch.export leaves free and at
-which the program was seen to run."""
+"""Which dimensions of a program's inputs are dynamic: those that torch.export leaves free and at
+which the program was seen to run; and which of them are one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.program import Program
 from qcompiler.samples import Flat, drawn_sizes, random_inputs
+from qcompiler.shapes import propagate
 
 
 def dynamic_shapes(
@@ -52,13 +54,7 @@ def stuck_dims(program: Program, example: Flat) -> dict[str, str]:
     torch.export proves shapes only where its shape functions check them: the channels of a
     convolution, or a table of positions behind one, are seen when the program runs.
     """
-    own = {
-        dim: x.shape[axis]
-        for port, x in zip(program.io.ports, example, strict=True)
-        if isinstance(x, Tensor)
-        for axis, dim in enumerate(port.shape)
-        if isinstance(dim, str)
-    }
+    own = _sizes(program, example)
     found: dict[str, str] = {}
     for seed in (1, 2):
         sizes = drawn_sizes(program.io, seed)
@@ -69,6 +65,54 @@ def stuck_dims(program: Program, example: Flat) -> dict[str, str]:
             if why := alone[dim] if any(alone.values()) else together:
                 found[dim] = f"{dim} stays {own[dim]}: at {sizes[dim]} the program fails, {why}"
     return found
+
+
+def joined(program: Program, example: Flat) -> Program:
+    """`program` with one name for dimensions that must have one size: a mask's batch and that of
+    the tokens. torch.export proves some of that; of others runs at other sizes tell.
+
+    Dimensions that may be one are called alike: `batch`, `batch2`.
+    """
+    own = _sizes(program, example)
+    bases = {d: d.rstrip("0123456789") for d in own}
+    alike = {d: b for d, b in bases.items() if d != b and own.get(b) == own[d]}
+    one: dict[str, str] = {}
+    for base in dict.fromkeys(alike.values()):
+        size = drawn_sizes(program.io, 1)[base]
+        size += size == own[base]
+        tied = [d for d in alike if alike[d] == base and _failure(program, {**own, d: size})]
+        if _failure(program, own | dict.fromkeys([base, *tied], size)):
+            tied = [d for d in tied if not _failure(program, own | {base: size, d: size})]
+        one |= dict.fromkeys(tied, base)
+    return _renamed(program, one) if one else program
+
+
+def _renamed(program: Program, one: Mapping[str, str]) -> Program:
+    """`program` with other names for some dimensions, those of others."""
+    bounds = dict(program.io.dims)
+    for d, base in one.items():
+        (low, high), (other, upper) = bounds[base], bounds.pop(d)
+        highest = [h for h in (high, upper) if h is not None]
+        bounds[base] = max(low, other), min(highest, default=None)
+    ports = (
+        replace(p, shape=tuple(one.get(d, d) if isinstance(d, str) else d for d in p.shape))
+        for p in program.io.ports
+    )
+    program = replace(program, io=replace(program.io, ports=tuple(ports), dims=bounds))
+    if not _failure(program, drawn_sizes(program.io, 1)):  # else it is captured again
+        propagate(program)
+    return program
+
+
+def _sizes(program: Program, example: Flat) -> dict[str, int]:
+    """The size of each dynamic dimension in an example."""
+    return {
+        dim: x.shape[axis]
+        for port, x in zip(program.io.ports, example, strict=False)
+        if isinstance(x, Tensor)
+        for axis, dim in enumerate(port.shape)
+        if isinstance(dim, str)
+    }
 
 
 def _failure(program: Program, sizes: dict[str, int]) -> str:

@@ -22,6 +22,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from qcompiler import diff
+from qcompiler.capture.dynamic import joined
 from qcompiler.capture.functional import functionalize
 from qcompiler.edit import copy_graph, node_tag
 from qcompiler.errors import BadInput
@@ -73,7 +74,8 @@ def from_exported(
         io=_signature(exported, copies, names, axes),
         counters=counters,
     )
-    program = begin_empty(program)
+    example = tuple(pytree.tree_leaves(exported.example_inputs or ()))
+    program = joined(begin_empty(program), example)
     after = diff.snapshot(program)
     step = Step("capture", "capture", None, diff.Diff(), after, notes=(note,) if note else ())
     return replace(program, history=(step,))

@@ -53,6 +53,7 @@ class Dialect:
             qc.hadamard.default: _plain(ops.hadamard_transform),
             qc.sparse_linear.default: self.sparse_linear,
             aten.scaled_dot_product_attention.default: _plain(kernels.attention),
+            aten.sort.stable: _plain(kernels.sort),
         }
         for node in list(draft.graph.nodes):
             if node.target in rules and node.users:

@@ -192,6 +192,13 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention, zero where a mask hides all keys: the exporter's would be their mean, or NaN."""
+    if query.ndim == 3:  # exporters take four axes
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unsqueeze(1)
+        return attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        ).squeeze(1)
     y = scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -199,6 +206,14 @@ def attention(
         return y
     seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
     return torch.where(seen.any(-1, keepdim=True), y, 0.0)
+
+
+def sort(
+    x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """All of the largest, or smallest: of equal numbers TopK gives the first one first."""
+    values, places = torch.topk(x, x.shape[dim], dim, descending)
+    return values, places
 
 
 def scattered_linear(x: Tensor, values: Tensor, places: Tensor, rows: int) -> Tensor:

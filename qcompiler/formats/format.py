@@ -62,6 +62,11 @@ class QFormat:
     """No scale: the numbers of the element as they are."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.element, str) or isinstance(self.block, str):
+            raise BadInput(
+                f"a format has the name of an element and sizes of blocks, as in QFormat('int8', "
+                f"(-1,)), or is parsed from text; found {self.element!r}, {self.block!r}"
+            )
         kind = element(self.element)
         for size in self.block or ():
             if size != -1 and size < 1:

@@ -62,6 +62,9 @@ class Account:
         found = [n for n, s in enumerate(self.steps) if id in s.after.nodes or id in s.after.params]
         if not found:
             everything = {i for s in self.steps for i in (*s.after.nodes, *s.after.params)}
+            inside = sorted(i for i in self.steps[-1].after.nodes if i.startswith(f"{id}/"))
+            if inside:
+                raise BadInput(f"{id!r} is a module; its nodes are {', '.join(inside[:8])}")
             raise unknown("node", id, everything)
         return found
 
@@ -118,10 +121,11 @@ def error_text(step: Step) -> str:
     if step.effect is None or "error" not in step.metrics:
         return ""
     error = step.metrics["error"]
-    sqnr = step.metrics.get("sqnr_db")
+    sqnr, turned = step.metrics.get("sqnr_db"), step.metrics.get("turned", 0.0)
+    words = f"{error:.1e}"
     if sqnr is not None and math.isfinite(sqnr):
-        return f"{error:.1e} ({sqnr:.1f} dB)"
-    return f"{error:.1e}"
+        words += f" ({sqnr:.1f} dB)"
+    return words + (f", {turned:.1%} of integers" if turned else "")
 
 
 def step_row(step: Step) -> dict[str, object]:

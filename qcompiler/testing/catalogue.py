@@ -7,10 +7,10 @@ activations in pairs, so that each of both comes up at least once.
 from __future__ import annotations
 
 from qcompiler.backend import Capability
-from qcompiler.errors import BadInput
-from qcompiler.formats import Scheme
+from qcompiler.errors import BadInput, unknown
+from qcompiler.formats import QFormat, Scheme
 from qcompiler.schemes import FLOAT, fit
-from qcompiler.sites import Site
+from qcompiler.sites import KINDS, Site
 
 WEIGHTS = (
     "int8:channel", "int4:group32", "int8:tensor", "int8:channel:asym", "int8:channel:full",
@@ -49,6 +49,20 @@ def schemes(capability: Capability, site: Site) -> list[Scheme]:
     count = max(len(first), len(second))
     chosen = [(first[i % len(first)], second[i % len(second)]) for i in range(count)]
     return [pairs[pair] for pair in chosen if pair in pairs]
+
+
+def misspelt(capability: Capability) -> str:
+    """Why no format of the catalogue matches the claim's patterns, or no shape its operator."""
+    operators = {kind.name for kind in KINDS.values()}
+    if capability.op not in operators:
+        return str(unknown("operator", capability.op, operators))
+    try:
+        for pattern in (capability.weight, capability.activation):
+            if pattern != FLOAT and not set(pattern) & set("*?["):
+                QFormat.parse(pattern)
+    except BadInput as error:
+        return str(error)
+    return "no format matches its patterns"
 
 
 def _fit(site: Site, weight: str, activation: str) -> Scheme | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qcompiler.backend import Capability
+from qcompiler.testing.catalogue import misspelt
 
 SHOWN = 5
 """Failures that a text lists of each claim."""
@@ -42,8 +43,8 @@ class ClaimReport:
         failed = [c for c in self.cases if c.failure]
         if failed or self.served or self.lacks:
             return failed
-        why = f": {self.cases[0].refusal}" if self.cases else ": no format matches its patterns"
-        return [Case(str(self.claim), failure=f"claims what it never serves{why}")]
+        why = self.cases[0].refusal if self.cases else misspelt(self.claim)
+        return [Case(str(self.claim), failure=f"claims what it never serves: {why}")]
 
     @property
     def served(self) -> list[Case]:

@@ -19,8 +19,8 @@ from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import Site, sites
 
-TOKENS = (5, 1, 0, 33)
-"""Sizes of a batch; on the first, a static format is calibrated."""
+TOKENS = (5, 1, 0, 33, 64)
+"""Sizes of a batch, odd ones and whole tiles; on the first, a static format is calibrated."""
 TINY = 1e-39
 """Below float32's smallest normal number."""
 
@@ -162,6 +162,11 @@ class Subject:
         return f"{self.shape} in {str(self.dtype).removeprefix('torch.')}"
 
 
+def _apart(x: Tensor) -> Tensor:
+    """x, no two numbers side by side in memory."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
 @lru_cache(maxsize=32)
 def subject(shape: Shape, dtype: torch.dtype = torch.float32, behind: bool = False) -> Subject:
     """The subject of `shape`; with `behind`, each site is read by another one of its format."""
@@ -183,6 +188,7 @@ def subject(shape: Shape, dtype: torch.dtype = torch.float32, behind: bool = Fal
             ("all at 3", cast(torch.full_like(x, 3.0))),
             ("beyond the calibrated range", cast(10 * x)),
             ("zeros", cast(torch.zeros_like(x))),
+            ("numbers with gaps between them in memory", (_apart(x.to(dtype)),)),
         ]
     program = capture(module.eval().to(dtype), inputs[0][1])
     words = [f"{name}{', with a bias' * (bias and floating)}" for name, bias, _ in KINDS]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompiler.backend import Artifact, Backend, Capability, Lowered
 from qcompiler.check import relative_error
@@ -26,8 +26,9 @@ from qcompiler.edit import Edit
 from qcompiler.errors import BackendError, QCompilerError, first_line
 from qcompiler.formats import Scheme
 from qcompiler.pipeline import run_pipeline
-from qcompiler.program import Program
+from qcompiler.program import Program, op_name
 from qcompiler.registry import make_passes
+from qcompiler.run import evaluate
 from qcompiler.samples import Flat
 from qcompiler.sites import Site, sites
 from qcompiler.testing.report import Case
@@ -99,6 +100,7 @@ def attempt(subject: Subject, scheme: Scheme, backend: Backend, claim: Capabilit
         built = Built.of(program, backend, claim.kernel)
         cases = [_unserved(built, site.id, name, claim) for site, name in _each(subject, names)]
         if None in cases:
+            check_fakes(built.lowered.program, subject.inputs[0][1])
             runs = Runs.of(built, {w: x for w, x in subject.inputs if _defined(program, x)})
             wants = {w: wanted(program, subject, x, claim.flips) for w, x in runs.inputs.items()}
             judged = [_judge(runs, wants, at, name, claim) for at, name in enumerate(names)]
@@ -107,6 +109,25 @@ def attempt(subject: Subject, scheme: Scheme, backend: Backend, claim: Capabilit
         words = f"{type(error).__name__}: {first_line(error)}"
         return [Case(name, failure=words) for name in names]
     return [case for case in cases if case is not None]
+
+
+def check_fakes(program: Program, x: Flat) -> None:
+    """An operator's fake says what shape and type it returns: what torch.compile, torch.export and
+    later passes go by."""
+
+    def check(node: fx.Node, value: object) -> None:
+        fake = node.meta.get("val")
+        if not isinstance(value, Tensor) or not isinstance(fake, Tensor):
+            return
+        sizes = zip(fake.shape, value.shape, strict=False)
+        fits = all(n == m for n, m in sizes if isinstance(n, int))
+        if fake.dtype != value.dtype or fake.ndim != value.ndim or not fits:
+            raise BackendError(
+                f"{op_name(node.target)} returns {value.dtype} {[*value.shape]} where its fake "
+                f"operator says {fake.dtype} {[*fake.shape]}"
+            )
+
+    evaluate(program, x, check)
 
 
 def _each(subject: Subject, names: list[str]) -> Iterator[tuple[Site, str]]:

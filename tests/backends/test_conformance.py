@@ -91,6 +91,19 @@ class NotEmpty(Planted):
         return y
 
 
+class NoStrides(ProgramArtifact):
+    """Takes its input to lie in memory without gaps."""
+
+    def run(self, inputs: Flat) -> tuple[object, ...]:
+        (x,) = inputs
+        return super().run((x.as_strided(x.shape, torch.empty(x.shape).stride()),))
+
+
+class NoWholeTile(Planted):
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        return y * (1 + 1e-2 * (y.shape[0] == 64))
+
+
 class Narrow(Planted):
     def spoil(self, y: torch.Tensor) -> torch.Tensor:
         return y.double()
@@ -125,6 +138,8 @@ def test_the_reference_conforms() -> None:
         (Reusing, "gives another result once later calls have been made"),
         (NotEmpty, "fails on batch of 0: ZeroDivisionError('no rows')"),
         (Narrow, "returns torch.float64"),
+        (NoStrides, "is off by inf (allowed 1e-05) on numbers with gaps between them in memory"),
+        (NoWholeTile, "on batch of 64"),
     ],
 )
 def test_planted_bugs_are_found(artifact: type[Artifact], words: str) -> None:
@@ -221,11 +236,44 @@ def test_a_wrong_packing_is_named() -> None:
     assert len(wrong) >= 15 and all("its kernel is off the reference here" in w for w in wrong)
 
 
+@torch.library.custom_op("tests::flat_linear", mutates_args=())
+def flat_linear(
+    x: torch.Tensor, tiles: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return my_backend.linear(x, tiles, scale, bias)
+
+
+@flat_linear.register_fake
+def _(
+    x: torch.Tensor, tiles: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], len(scale)))  # right for two axes
+
+
+class FlatTiles(my_backend.LowerTiles):
+    name: ClassVar[str] = "flat_tiles"
+    operator: ClassVar[Any] = torch.ops.tests.flat_linear.default
+
+
+class FlatBackend(my_backend.MyBackend):
+    def lowering(self, exclude: frozenset[str] = frozenset()) -> tuple[qcompiler.Pass, ...]:
+        return (FlatTiles(exclude=tuple(sorted(exclude))),)
+
+
+def test_a_fake_operator_that_is_wrong_is_named() -> None:
+    (claim,) = conformance(FlatBackend()).claims
+    wrong = {case.failure for case in claim.failures}
+    assert all(w.startswith("BackendError: tests.flat_linear returns") for w in wrong)
+    assert any("[5, 2, 48] where its fake operator says" in w for w in wrong)
+    assert claim.served  # those of two axes
+
+
 @pytest.mark.parametrize(
     ("claim", "words"),
     [
-        (replace(my_backend.INT8, weight="int8:chanel"), "no format matches its patterns"),
-        (replace(my_backend.INT8, op="lstm"), "no format matches its patterns"),
+        (replace(my_backend.INT8, weight="int8:chanel"), "did you mean 'channel'"),
+        (replace(my_backend.INT8, weight="int9:*"), "no format matches its patterns"),
+        (replace(my_backend.INT8, op="liner"), "did you mean 'linear'"),
         (
             replace(my_backend.INT8, op="conv", weight="*", activation="*"),
             "nothing serves it, and nothing says why",

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 import qcompiler
-from qcompiler import Edit, Effect, Facts, Pass, PassError, Program
+from qcompiler import BadInput, Edit, Effect, Facts, Pass, PassError, Program, QFormat
 from qcompiler.pipeline import run_pipeline
 from qcompiler.program import digest, node_id
 from qcompiler.registry import make_passes
@@ -249,6 +249,107 @@ def test_caught(step: Pass, words: list[str], canonical: Callable[[str], Program
     for word in words:
         assert word in str(caught.value)
     assert picture(program) == before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doing(Pass):
+    """Anything, to the first linear layer."""
+
+    name: ClassVar[str] = "doing"
+    effect: ClassVar[Effect] = Effect.EXACT
+    do: Callable[[Edit, fx.Node], object]
+
+    def run(self, edit: Edit, facts: Facts) -> None:
+        node = next(iter(edit.calls(aten.linear.default)))
+        edit.spend("does it", node)
+        self.do(edit, node)
+
+
+def _weight(node: fx.Node) -> fx.Node:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("do", "words"),
+    [
+        (lambda e, n: e.tensor(_weight(n)).mul_(2), "wrote into 0.weight in place"),
+        (lambda e, n: e.assign(n, "int8:channel"), "assigns 'int8:channel' to 0/linear#0"),
+        (lambda e, n: setattr(n, "target", aten.tanh.default), "another operator of node 0/linear"),
+        (
+            lambda e, n: e.set_param(_weight(n), e.tensor(_weight(n)) * 1.7 / 1.7),
+            "what float32 rounds off: write the map on the weight's edge",
+        ),
+        (
+            lambda e, n: e.set_param(_weight(n), e.tensor(_weight(n)) * 1.7),
+            "at output_1 in float64 .*'does it', at 0/linear#0, 0.weight$",
+        ),
+    ],
+)
+def test_what_an_edit_may_not(do: Callable[[Edit, fx.Node], object], words: str) -> None:
+    class Two(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, super().forward(x)
+
+    torch.manual_seed(0)
+    program = qcompiler.capture(Two(torch.nn.Linear(8, 8)), torch.randn(4, 8))
+    with pytest.raises(PassError, match=words):
+        run_pipeline(program, (Doing(do=do),))
+
+
+def test_a_call_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """torch logs the traceback of what fails on fake tensors."""
+    program = qcompiler.capture(torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(4, 8))
+    wrong = Doing(do=lambda e, n: e.call(aten.linear.default, n, n.args[1], like=n))
+    with pytest.raises(PassError, match=r"failed in edit 1 \('does it'\)"):
+        run_pipeline(program, (wrong,))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_integers_are_decided_by_numbers() -> None:
+    """An argmax may turn where numbers move: that is told, and no error of a lossy pass."""
+
+    class Label(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(16, 20)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.layer(x)
+            return y, y.topk(3, -1).indices
+
+    torch.manual_seed(0)
+    example = torch.randn(64, 16)
+    passes = "assign{weight=int3:channel head=same},quantize"
+    for backend in ("reference", "cpu"):
+        made = qcompiler.compile(Label(), example, passes=passes, backend=backend)
+        metrics = made.history[-1].metrics
+        assert 0.05 < metrics["error"] < 0.5
+        assert 0.05 < metrics["turned"] < 0.9
+        assert f"{metrics['turned']:.1%} of integers" in str(made.diff())
+    program = qcompiler.capture(Label(), example)
+    negate = Doing(do=lambda e, n: scale(e, n, -1.0))
+    with pytest.raises(PassError, match="promises exact"):
+        run_pipeline(program, (negate,))
+
+
+def test_options_are_checked_in_python_too() -> None:
+    from qcompiler.passes.quantize import Quantize
+
+    with pytest.raises(BadInput, match="option rounding is str; found 3"):
+        Quantize(rounding=3)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"found 3, \(-1,\)"):
+        QFormat(3, (-1,))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="found 'int8', 'channel'"):
+        QFormat("int8", "channel")  # type: ignore[arg-type]
+
+
+def test_an_entry_point_has_the_name_of_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "qcompiler.passes.quantize:Quantize"
+    monkeypatch.setattr("qcompiler.registry.table", lambda group: {"round": module})
+    with pytest.raises(BadInput, match=r"pass 'round' .* calls itself 'quantize'"):
+        make_passes("round")
 
 
 def test_optional_pass_may_do_nothing(canonical: Callable[[str], Program]) -> None:

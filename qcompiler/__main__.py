@@ -1,0 +1,5 @@
+"""`python -m qcompiler`."""
+
+from qcompiler.cli import main
+
+main()
