@@ -53,6 +53,9 @@ class Signature:
     """Names of the positional parameters of the model's forward, in order."""
     dims: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """Dynamic dimension → (smallest, largest) size; None is unbounded."""
+    fills: Mapping[str, float] = field(default_factory=dict)
+    """Argument → the number that it may be filled with where it is left out: as measured at
+    capture, the source then does the same (a mask of ones, token types of zeros)."""
 
     @property
     def tensors(self) -> tuple[Port, ...]:
@@ -111,7 +114,10 @@ class Signature:
         extra = [n for n in given if n not in wanted and given[n] is not None]
         if missing or extra:
             found = ", ".join(given) or "nothing"
-            raise BadInput(f"the program takes {self._expects()}; found {found}")
+            known = f"; {', '.join(extra)} was not in the example inputs that it was captured with"
+            raise BadInput(
+                f"the program takes {self._expects()}; found {found}{known if extra else ''}"
+            )
         given = baked | given | {n: self._nothing(n, given) for n in left_out}
         tree = (
             tuple(given[n] for n in self.names[:count]),
@@ -133,15 +139,15 @@ class Signature:
 
     @cached_property
     def optional(self) -> frozenset[str]:
-        """Arguments that may be left out, since each of their tensors may be empty."""
+        """Arguments that may be left out, since each of their tensors may be empty, or filled."""
         empty = {d for d, (low, _) in self.dims.items() if low == 0}
         found = self._arguments.items()
-        return frozenset(
+        return frozenset(self.fills) | {
             n for n, (_, ports) in found if ports and all(empty & {*p.shape} for p in ports)
-        )
+        }
 
     def _nothing(self, name: str, given: Mapping[str, object]) -> object:
-        """Empty tensors for an argument; other sizes are those of what is given."""
+        """Empty or filled tensors for an argument; other sizes are those of what is given."""
         sizes = {d: low for d, (low, _) in self.dims.items()}
         for other in given.keys() & self._arguments.keys():
             leaves = pytree.tree_leaves(given[other])
@@ -151,7 +157,8 @@ class Signature:
                 sizes |= {d: n for d, n in found if isinstance(d, str) and sizes[d]}
         spec, ports = self._arguments[name]
         shapes = ([sizes[d] if isinstance(d, str) else d for d in p.shape] for p in ports)
-        tensors = [torch.empty(s, dtype=p.dtype) for s, p in zip(shapes, ports, strict=True)]
+        fill = self.fills.get(name, 0)
+        tensors = [torch.full(s, fill, dtype=p.dtype) for s, p in zip(shapes, ports, strict=True)]
         return pytree.tree_unflatten(tensors, spec)
 
     def _expects(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import qcompiler
@@ -118,7 +118,7 @@ def test_inputs_are_checked(captured: Captured) -> None:
     ids, mask = example["input_ids"], example["attention_mask"]
     assert len(outputs(program, (ids, mask))) == 2  # by position, as the model allows
     for bad, words in (
-        ({"input_ids": ids}, "attention_mask"),
+        ({"attention_mask": mask}, "found attention_mask"),
         ({**example, "labels": ids}, "labels"),
         ({"input_ids": ids.float(), "attention_mask": mask}, "found torch.float32"),
         ({"input_ids": ids[0], "attention_mask": mask}, r"does not take shape \[11\]"),
@@ -127,6 +127,52 @@ def test_inputs_are_checked(captured: Captured) -> None:
     ):
         with pytest.raises(BadInput, match=words):
             program(**bad)
+
+
+def test_an_argument_that_changes_nothing_may_be_left_out(tmp_path: Path) -> None:
+    """A mask of ones, token types of zeros: what no argument means is measured, not assumed."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.types = nn.Embedding(50, 8), nn.Embedding(2, 8)
+
+        def forward(
+            self, ids: Tensor, mask: Tensor | None = None, types: Tensor | None = None,
+            scale: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
+            x = self.table(ids) + self.types(torch.zeros_like(ids) if types is None else types)
+            x = x if mask is None else x * mask[..., None]
+            return x if scale is None else x * (scale + 1)
+
+    module = Masked()
+    ids = torch.randint(0, 50, (2, 7))
+    example = {"ids": ids, "mask": ids % 2, "types": ids % 2, "scale": torch.tensor(2.0)}
+    made = qcompiler.compile(module, example, passes="canonicalize", backend="reference")
+    assert made.program.io.fills == {"mask": 1, "types": 0, "scale": 0}
+    made.save(tmp_path / "out")
+    ids = torch.randint(0, 50, (3, 5))
+    for program in (made, qcompiler.load(tmp_path / "out")):
+        torch.testing.assert_close(program(ids), module(ids))
+        torch.testing.assert_close(program(ids, types=ids % 2), module(ids, types=ids % 2))
+    with pytest.raises(BadInput, match="more was not in the example inputs"):
+        made(ids=ids, more=ids)
+    with pytest.raises(BadInput, match=r"mask: int64\[batch, sequence\] does not take .*batch = 3"):
+        made(ids, ids[:1])
+
+
+class Rows(nn.Module):
+    """Reads as many rows of a mask as there are texts, as transformers does."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask[torch.arange(x.shape[0])]
+
+
+def test_a_mask_has_a_row_for_each_text() -> None:
+    """With more rows it would run, the rest unseen."""
+    x = torch.randn(2, 6)
+    program = qcompiler.capture(Rows(), (x, torch.ones(2, 6)))
+    assert {p.shape for p in program.io.ports} == {("batch", 6)}
 
 
 def test_dynamic_said_exactly() -> None:

@@ -83,6 +83,9 @@ class Canonicalize(Pass):
     reads: ClassVar[tuple[str, ...]] = ("weights",)
     destroys: ClassVar[tuple[str, ...]] = ("rotation", "scales")
 
+    optional: bool = True
+    """A graph may be in that form already."""
+
     def run(self, edit: Edit, facts: Facts) -> None:
         for rule in RULES:
             rule(edit)

@@ -3,7 +3,7 @@ which the program was seen to run; and which of them are one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -80,9 +80,15 @@ def joined(program: Program, example: Flat) -> Program:
     for base in dict.fromkeys(alike.values()):
         size = drawn_sizes(program.io, 1)[base]
         size += size == own[base]
-        tied = [d for d in alike if alike[d] == base and _failure(program, {**own, d: size})]
-        if _failure(program, own | dict.fromkeys([base, *tied], size)):
-            tied = [d for d in tied if not _failure(program, own | {base: size, d: size})]
+
+        def runs(dims: Iterable[str], own: Mapping[str, int] = own, size: int = size) -> bool:
+            return not _failure(program, {**own, **dict.fromkeys(dims, size)})
+
+        family = {base, *(d for d in alike if alike[d] == base)}
+        # A mask of more rows than there are texts may go unseen, one of fewer does not.
+        tied = [d for d in family - {base} if not (runs([d]) and runs(family - {d}))]
+        if not runs([base, *tied]):
+            tied = [d for d in tied if runs([base, d])]
         one |= dict.fromkeys(tied, base)
     return _renamed(program, one) if one else program
 

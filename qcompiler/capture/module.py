@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.capture.dynamic import dynamic_shapes, stuck_dims, two_or_more
 from qcompiler.capture.exported import from_exported
+from qcompiler.capture.fills import fills
 from qcompiler.errors import BadInput
 from qcompiler.io import as_call
 from qcompiler.program import Program, check_finite
@@ -24,22 +26,34 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     names = _forward_names(module)
     with inference(module):
         kwargs = _without_cache(module, kwargs)
-        call = (args, kwargs)
-        if dynamic is not None and dynamic is not True:
-            shapes, axes = _exact_shapes(dynamic, args, kwargs, names)
-            return from_exported(_export(module, call, shapes, named=True), names, axes=axes)
-        wide = pytree.tree_map_only(Tensor, two_or_more, call)
-        try:
-            program = from_exported(_export(module, wide, dynamic_shapes(wide)), names)
-        except BadInput as refused:
-            # Some models fix a size in code; the example's own sizes may still go through.
-            static = pytree.tree_map(lambda _: None, call)
-            note = f"captured with the example's sizes only: {refused}"
-            return from_exported(_export(module, call, static), names, note)
-        if not (stuck := stuck_dims(program, program.io.flatten(*wide))):
-            return program
-        shapes = dynamic_shapes(wide, program, set(stuck))
-        return from_exported(_export(module, wide, shapes), names, "; ".join(stuck.values()))
+        program = _exported(module, args, kwargs, names, dynamic)
+        found = fills(module, args, kwargs, names)
+    return replace(program, io=replace(program.io, fills=found))
+
+
+def _exported(
+    module: torch.nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    names: tuple[str, ...],
+    dynamic: object,
+) -> Program:
+    call = (args, kwargs)
+    if dynamic is not None and dynamic is not True:
+        shapes, axes = _exact_shapes(dynamic, args, kwargs, names)
+        return from_exported(_export(module, call, shapes, named=True), names, axes=axes)
+    wide = pytree.tree_map_only(Tensor, two_or_more, call)
+    try:
+        program = from_exported(_export(module, wide, dynamic_shapes(wide)), names)
+    except BadInput as refused:
+        # Some models fix a size in code; the example's own sizes may still go through.
+        static = pytree.tree_map(lambda _: None, call)
+        note = f"captured with the example's sizes only: {refused}"
+        return from_exported(_export(module, call, static), names, note)
+    if not (stuck := stuck_dims(program, program.io.flatten(*wide))):
+        return program
+    shapes = dynamic_shapes(wide, program, set(stuck))
+    return from_exported(_export(module, wide, shapes), names, "; ".join(stuck.values()))
 
 
 def _export(
