@@ -177,6 +177,7 @@ def _encode_io(io: Signature) -> Json:
         "modules": sorted({m for s in specs for m in _modules(s)}),
         "names": list(io.names),
         "dims": {k: list(v) for k, v in io.dims.items()},
+        "steps": dict(io.steps),
         "fills": dict(io.fills),
     }
 
@@ -206,6 +207,7 @@ def _decode_io(raw: Json) -> Signature:
         pytree.treespec_loads(raw["out_spec"]),
         tuple(raw["names"]),
         {k: (v[0], v[1]) for k, v in raw["dims"].items()},
+        raw.get("steps", {}),
         raw.get("fills", {}),
     )
 

@@ -53,6 +53,8 @@ class Signature:
     """Names of the positional parameters of the model's forward, in order."""
     dims: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """Dynamic dimension → (smallest, largest) size; None is unbounded."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Dynamic dimension → what its size is a multiple of, if not of 1."""
     fills: Mapping[str, float] = field(default_factory=dict)
     """Argument → the number that it may be filled with where it is left out: as measured at
     capture, the source then does the same (a mask of ones, token types of zeros)."""
@@ -177,9 +179,10 @@ class Signature:
                 fits = fits and sizes.setdefault(want, have) == have
                 low, high = self.dims.get(want, (0, None))
                 fits = fits and have >= low and (high is None or have <= high)
+                fits = fits and have % self.steps.get(want, 1) == 0
         if not fits:
             bounds = "; ".join(
-                f"{n} is {lo} to {hi if hi is not None else 'any'}"
+                f"{n} is {lo} to {hi if hi is not None else 'any'}{self._step(n)}"
                 for n, (lo, hi) in self.dims.items()
                 if n in port.shape
             )
@@ -188,6 +191,9 @@ class Signature:
                 + (f" ({bounds})" if bounds else "")
                 + (f"; {', '.join(f'{k} = {v}' for k, v in sizes.items())} here" if sizes else "")
             )
+
+    def _step(self, dim: str) -> str:
+        return f", a multiple of {self.steps[dim]}" if dim in self.steps else ""
 
     def restore(self, flat: tuple[object, ...]) -> object:
         """Flat outputs → the output structure of the source model."""

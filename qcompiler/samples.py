@@ -22,8 +22,7 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
     chosen = drawn_sizes(io, seed)
     for name, wanted in (sizes or {}).items():
         if name in io.dims:
-            low, high = io.dims[name]
-            chosen[name] = max(low, min(wanted, high or wanted))
+            chosen[name] = _within(wanted, *io.dims[name], io.steps.get(name, 1))
     return tuple(
         _draw(port, chosen, generator) if port.is_tensor else port.constant for port in io.ports
     )
@@ -31,7 +30,8 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
 
 def drawn_sizes(io: Signature, seed: int) -> dict[str, int]:
     """The size of each dynamic dimension in `random_inputs(io, seed)`."""
-    return {d: _size(i, seed, *bounds) for i, (d, bounds) in enumerate(io.dims.items())}
+    sizes = {d: (3, 11, 5, 7, 13, 9)[i % 6] + seed - 1 for i, d in enumerate(io.dims)}
+    return {d: _within(n, *io.dims[d], io.steps.get(d, 1)) for d, n in sizes.items()}
 
 
 def check_inputs(io: Signature, example: Flat | None) -> list[Flat]:
@@ -53,9 +53,11 @@ def sizes_for(io: Signature, batch: int, sequence: int, past: int = 0) -> dict[s
     return {d: size for d in io.dims for word, size in wanted.items() if word in d.lower()}
 
 
-def _size(index: int, seed: int, low: int, high: int | None) -> int:
-    size = (3, 11, 5, 7, 13, 9)[index % 6] + seed - 1
-    return max(low, min(size, high or size))
+def _within(size: int, low: int, high: int | None, step: int) -> int:
+    """The size nearest to `size` within bounds, and a multiple of `step`."""
+    size = max(low, min(size, high or size))
+    above = -(-size // step) * step
+    return above if high is None or above <= high else high // step * step
 
 
 def _draw(port: Port, sizes: dict[str, int], generator: torch.Generator) -> Tensor:

@@ -20,9 +20,8 @@ from qcompiler.program import Program
 def propagate(program: Program) -> None:
     """Compute them anew, one symbol for each dimension that the signature names."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    # Equal sizes become one symbol ("duck shaping"), so each named dimension gets its own size.
-    primes = (5, 7, 11, 13, 17, 19, 23, 29)
-    sizes = {d: primes[i % 8] for i, d in enumerate(program.io.dims)}
+    sizes = {d: _symbol(i, mode) for i, d in enumerate(program.io.dims)}
+    sizes |= {d: sizes[d] * step for d, step in program.io.steps.items()}
     feed = iter(program.io.ports)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -35,11 +34,17 @@ def propagate(program: Program) -> None:
             node.meta["val"] = fake_call(node, mode)
 
 
-def _fake_input(port: Port, sizes: Mapping[str, int], mode: FakeTensorMode) -> object:
+def _symbol(number: int, mode: FakeTensorMode) -> torch.SymInt:
+    # Equal sizes become one symbol ("duck shaping"), so each dimension gets its own.
+    size = (5, 7, 11, 13, 17, 19, 23, 29)[number % 8]
+    context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])  # type: ignore
+    symbol: torch.SymInt = mode.from_tensor(torch.empty(size), symbolic_context=context).shape[0]  # type: ignore[assignment]
+    return symbol
+
+
+def _fake_input(port: Port, sizes: Mapping[str, torch.SymInt], mode: FakeTensorMode) -> object:
     if not port.is_tensor:
         return port.constant
     shape = [sizes[d] if isinstance(d, str) else d for d in port.shape]
-    dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in port.shape]
-    example = torch.empty(shape, dtype=port.dtype)
-    context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=dynamic)  # type: ignore
-    return mode.from_tensor(example, symbolic_context=context)
+    with mode:
+        return torch.empty(shape, dtype=port.dtype)

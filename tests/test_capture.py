@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import qcompiler
 from qcompiler import BadInput, Program
+from qcompiler.check import relative_error
 from qcompiler.io import as_call
 
 Captured = Callable[..., tuple[nn.Module, object, Program]]
@@ -173,6 +174,73 @@ def test_a_mask_has_a_row_for_each_text() -> None:
     x = torch.randn(2, 6)
     program = qcompiler.capture(Rows(), (x, torch.ones(2, 6)))
     assert {p.shape for p in program.io.ports} == {("batch", 6)}
+
+
+class Halved(nn.Module):
+    """An image that is halved twice and put together again, as in a U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(2))
+        self.last = nn.Conv2d(11, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.down[0](x)
+        half = half + self.up[0](self.down[1](half))
+        out: Tensor = self.last(torch.cat([self.up[1](half), x], 1))
+        return out
+
+
+def test_what_a_size_is_a_multiple_of_is_found(tmp_path: Path) -> None:
+    module, example = Halved().eval(), torch.randn(2, 3, 24, 32)
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    passes = "assign{weight=int8:channel head=same},quantize"
+    made = qcompiler.compile(module, example, dynamic=axes, passes=passes)
+    assert made.program.io.steps == {"height": 4, "width": 4}
+    made.save(tmp_path / "out")
+    x = torch.randn(1, 3, 40, 20)
+    for program in (made, qcompiler.load(tmp_path / "out")):
+        assert relative_error(module(x), program(x)) < 0.05
+        with pytest.raises(BadInput, match=r"height is 1 to any, a multiple of 4.*height = 18"):
+            program(torch.randn(1, 3, 18, 20))
+
+
+def test_a_sequence_with_its_channels_first() -> None:
+    """Audio, or spectra: the last axis is the one that may be of any length."""
+    for channels in (1, 6):
+        module = nn.Sequential(nn.Conv1d(channels, 4, 5, 2), nn.ReLU(), nn.Conv1d(4, 2, 3))
+        program = qcompiler.capture(module, torch.randn(1, channels, 50))
+        assert program.io.ports[0].shape == ("batch", channels, "sequence")
+        x = torch.randn(3, channels, 71)
+        torch.testing.assert_close(program(x), module(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+        self.layers = nn.TransformerDecoder(layer, 1)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.layers(x, memory, tgt_mask=mask)
+        return out
+
+
+def test_torchs_decoder_with_a_mask(capfd: pytest.CaptureFixture[str]) -> None:
+    """It looks at the mask's values to learn whether it is causal, which no export can."""
+    module = Decoder().eval()
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    program = qcompiler.capture(module, (torch.randn(2, 5, 16), torch.randn(2, 7, 16), mask))
+    inputs = torch.randn(3, 5, 16), torch.randn(3, 9, 16), mask
+    torch.testing.assert_close(program(*inputs), module(*inputs))
+    assert "forward(" not in capfd.readouterr().err
+
+
+def test_a_size_that_the_model_fixes_is_named() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    with pytest.raises(BadInput, match=r"Constraints violated \(t\)!; it suggests t = 12;"):
+        qcompiler.capture(module, torch.randn(2, 12, 4), dynamic={"input": {1: "t"}})
 
 
 def test_dynamic_said_exactly() -> None:

@@ -38,7 +38,7 @@ LAYERS = (
     "console",
     "cli_export cli_lists cli_shared cli_backends cli_generate",
     "cli_plan",
-    "cli",
+    "cli __main__",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 

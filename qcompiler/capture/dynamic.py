@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,17 +15,24 @@ from qcompiler.program import Program
 from qcompiler.samples import Flat, drawn_sizes, random_inputs
 from qcompiler.shapes import propagate
 
+STEPS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 64, 128)
+"""What the size of a dimension is tried to be a multiple of."""
+
 
 def dynamic_shapes(
-    call: object, program: Program | None = None, stuck: Collection[str] = ()
+    call: object,
+    program: Program | None = None,
+    stuck: Collection[str] = (),
+    turned: bool = False,
 ) -> tuple[object, object]:
-    """torch.export's dynamic shapes for `(args, kwargs)`, without the dimensions in `stuck`."""
+    """torch.export's dynamic shapes for `(args, kwargs)`, without the dimensions in `stuck`;
+    `turned`: of sequences that have their channels first."""
     flat, spec = pytree.tree_flatten(call)
     names = [p.shape for p in program.io.ports] if program else [()] * len(flat)
     wanted = [
         {
             axis: torch.export.Dim.AUTO
-            for axis in _axes(x)
+            for axis in _axes(x, turned)
             if not (axis < len(shape) and shape[axis] in stuck)
         }
         if isinstance(x, Tensor)
@@ -34,16 +42,23 @@ def dynamic_shapes(
     return pytree.tree_unflatten(wanted, spec)  # type: ignore[no-any-return]
 
 
-def two_or_more(x: Tensor) -> Tensor:
+def two_or_more(x: Tensor, turned: bool = False) -> Tensor:
     """Repeat axes of size 1 that should be dynamic: torch.export bakes sizes 0 and 1 in."""
-    for axis in _axes(x):
+    for axis in _axes(x, turned):
         if x.shape[axis] == 1:
             x = torch.cat([x, x], axis)
     return x
 
 
-def _axes(x: Tensor) -> tuple[int, ...]:
+def is_sequence(x: object) -> TypeGuard[Tensor]:
+    """Whether `x` may be a batch of sequences of vectors."""
+    return isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point()
+
+
+def _axes(x: Tensor, turned: bool) -> tuple[int, ...]:
     """Batch, and the sequence of token ids, masks (2-D) and embedded sequences (3-D)."""
+    if turned and is_sequence(x):
+        return (0, 2)
     tokens = x.ndim == 2 and not x.is_floating_point()
     return (0, 1) if tokens or x.ndim == 3 else (0,) if x.ndim else ()
 
@@ -65,6 +80,29 @@ def stuck_dims(program: Program, example: Flat) -> dict[str, str]:
             if why := alone[dim] if any(alone.values()) else together:
                 found[dim] = f"{dim} stays {own[dim]}: at {sizes[dim]} the program fails, {why}"
     return found
+
+
+def stepped(program: Program, example: Flat) -> Program:
+    """`program` with what some sizes must be a multiple of: the height of an image that is halved
+    twice and put together again, say. As runs tell."""
+    own = _sizes(program, example)
+    drawn = drawn_sizes(program.io, 1)
+    found: dict[str, int] = {}
+
+    def runs(dim: str, size: int) -> bool:
+        return not _failure(program, {**own, dim: size})
+
+    for dim, size in own.items():
+        if not runs(dim, drawn[dim]):
+            steps = (k for k in STEPS if size % k == 0 and size > k)
+            step = next((k for k in steps if runs(dim, size + k) and runs(dim, size - k)), None)
+            found |= {dim: step} if step else {}
+    if not found:
+        return program
+    program = replace(program, io=replace(program.io, steps=found))
+    if not _failure(program, drawn_sizes(program.io, 1)):  # else it is captured again
+        propagate(program)
+    return program
 
 
 def joined(program: Program, example: Flat) -> Program:

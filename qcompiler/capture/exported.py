@@ -22,7 +22,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from qcompiler import diff
-from qcompiler.capture.dynamic import joined
+from qcompiler.capture.dynamic import joined, stepped
 from qcompiler.capture.functional import functionalize
 from qcompiler.edit import copy_graph, node_tag
 from qcompiler.errors import BadInput
@@ -75,7 +75,7 @@ def from_exported(
         counters=counters,
     )
     example = tuple(pytree.tree_leaves(exported.example_inputs or ()))
-    program = joined(begin_empty(program), example)
+    program = stepped(joined(begin_empty(program), example), example)
     after = diff.snapshot(program)
     step = Step("capture", "capture", None, diff.Diff(), after, notes=(note,) if note else ())
     return replace(program, history=(step,))
@@ -158,6 +158,8 @@ def _signature(
             raise BadInput(f"input {argument.name!r} is no tensor; expected tensors or constants")
         value = copies[argument.name].meta["val"]
         named = axes[index] if axes else {}
+        if not named and value.ndim == 3 and isinstance(value.shape[1], int):
+            named = {2: "sequence"}  # its channels come first
         shape = tuple(_dim(s, axis, symbols, named) for axis, s in enumerate(value.shape))
         sample = example[index] if index < len(example) else None
         low, high = (0.0, 1.0)

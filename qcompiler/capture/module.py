@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import io
+import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
-from qcompiler.capture.dynamic import dynamic_shapes, stuck_dims, two_or_more
+from qcompiler.capture.dynamic import dynamic_shapes, is_sequence, stuck_dims, two_or_more
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.fills import fills
 from qcompiler.errors import BadInput
 from qcompiler.io import as_call
 from qcompiler.program import Program, check_finite
+
+CALL = "The following call raised this error:"
+"""What torch writes in front of the line of the model's own code."""
 
 
 def export_module(module: torch.nn.Module, example_inputs: object, dynamic: object) -> Program:
@@ -41,19 +47,47 @@ def _exported(
     call = (args, kwargs)
     if dynamic is not None and dynamic is not True:
         shapes, axes = _exact_shapes(dynamic, args, kwargs, names)
-        return from_exported(_export(module, call, shapes, named=True), names, axes=axes)
-    wide = pytree.tree_map_only(Tensor, two_or_more, call)
+        program = from_exported(_export(module, call, shapes, named=True), names, axes=axes)
+        if stuck := stuck_dims(program, program.io.flatten(args, kwargs)):
+            raise BadInput(f"`dynamic` names what the model fixes: {'; '.join(stuck.values())}")
+        return program
+    refused, program = "", None
     try:
-        program = from_exported(_export(module, wide, dynamic_shapes(wide)), names)
-    except BadInput as refused:
-        # Some models fix a size in code; the example's own sizes may still go through.
-        static = pytree.tree_map(lambda _: None, call)
-        note = f"captured with the example's sizes only: {refused}"
-        return from_exported(_export(module, call, static), names, note)
+        program = _free(module, call, names, turned=False)
+    except BadInput as error:
+        refused = str(error)
+    if _has_fixed_sequence(call, program):
+        try:
+            other = _free(module, call, names, turned=True)
+        except BadInput:
+            other = None
+        if other is not None and len(other.io.dims) > (len(program.io.dims) if program else 0):
+            return other
+    if program is not None:
+        return program
+    # Some models fix a size in code; the example's own sizes may still go through.
+    static = pytree.tree_map(lambda _: None, call)
+    note = f"captured with the example's sizes only: {refused}"
+    return from_exported(_export(module, call, static), names, note)
+
+
+def _free(module: torch.nn.Module, call: object, names: tuple[str, ...], turned: bool) -> Program:
+    """Exported with all dimensions dynamic that can be, of those that are tried."""
+    wide = pytree.tree_map_only(Tensor, lambda x: two_or_more(x, turned), call)
+    program = from_exported(_export(module, wide, dynamic_shapes(wide, turned=turned)), names)
     if not (stuck := stuck_dims(program, program.io.flatten(*wide))):
         return program
-    shapes = dynamic_shapes(wide, program, set(stuck))
+    shapes = dynamic_shapes(wide, program, set(stuck), turned)
     return from_exported(_export(module, wide, shapes), names, "; ".join(stuck.values()))
+
+
+def _has_fixed_sequence(call: object, program: Program | None) -> bool:
+    """Whether there is a sequence whose axis 1 is fixed, as channels are that come first."""
+    values = pytree.tree_leaves(call)
+    if program is None:
+        return any(map(is_sequence, values))
+    ports = zip(values, program.io.ports, strict=True)
+    return any(is_sequence(x) and isinstance(port.shape[1], int) for x, port in ports)
 
 
 def _export(
@@ -69,7 +103,7 @@ def _export(
         names = list(inspect.signature(module.forward).parameters)[: len(args)]
         by_name = dict(zip(names, shapes[0], strict=True)) | shapes[1]  # type: ignore
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _mask_as_given(), redirect_stderr(io.StringIO()):  # it prints graphs
             return torch.export.export(
                 module,
                 args,
@@ -84,15 +118,38 @@ def _export(
         raise BadInput(_explain(error)) from error
 
 
+@contextmanager
+def _mask_as_given() -> Iterator[None]:
+    """torch's decoder layers look whether a mask is causal, which is a branch on its values, to
+    leave it out of attention: here it stays in."""
+    name = "_detect_is_causal_mask"
+    was = getattr(transformer, name, None)
+    if was is not None:
+        setattr(transformer, name, lambda mask, is_causal=None, size=None: is_causal is True)
+    try:
+        yield
+    finally:
+        if was is not None:
+            setattr(transformer, name, was)
+
+
 def _explain(error: Exception) -> str:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     where = next((line for line in lines if line.startswith("File ") or ".py:" in line), "")
+    if CALL in lines[:-2]:  # the user's own
+        at = lines.index(CALL) + 1
+        where = f"{lines[at]}: {lines[at + 1]}"
     if "data-dependent" in text or "DataDependent" in type(error).__name__:
         what = "its Python code branches on the values of a tensor"
         cure = "rewrite the branch with torch.where or torch.cond"
     else:
-        what = lines[0] if lines else type(error).__name__
+        what = lines[0].partition(" For more information")[0] if lines else type(error).__name__
+        if "Suggested fixes:" in lines:
+            fixes = itertools.takewhile(
+                lambda line: " = " in line, lines[lines.index("Suggested fixes:") + 1 :]
+            )
+            what += f"; it suggests {', '.join(fixes)}"
         cure = "see what torch.export supports, or hand over another example input"
     return f"torch.export refuses this model: {what}{f' ({where})' if where else ''}; {cure}"
 
