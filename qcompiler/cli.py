@@ -42,6 +42,8 @@ from qcompiler.show.terminal import (
     print_stat,
     space_rows,
     steps_table,
+    worst_rows,
+    worst_table,
 )
 from qcompiler.spaces import KINDS
 from qcompiler.spaces import find as find_spaces
@@ -197,6 +199,9 @@ def inspect(model: str, spaces: bool, kind: str | None, json_: bool) -> None:
 @click.option("--show", "show_id", metavar="ID", help="What became of one node or parameter.")
 @click.option("--why", "why_id", metavar="ID", help="Why it was changed, or left alone.")
 @click.option(
+    "--worst", type=click.IntRange(1), metavar="N", help="The N values that lost the most."
+)
+@click.option(
     "--html", "html", type=Path, metavar="FILE", help="All of it as a page that works from disk."
 )
 @as_json
@@ -206,12 +211,21 @@ def diff_(
     stat: bool,
     show_id: str | None,
     why_id: str | None,
+    worst: int | None,
     html: Path | None,
     json_: bool,
 ) -> None:
     """Show what the passes did to OUT; compare OUT@1 with OUT@3, two artifacts, or an .onnx file
     with what became of it."""
     account, at = _open_at(first)
+    if worst is not None:
+        rows = worst_rows(worst, account, None if second is None else _open_at(second)[0])
+        if json_:
+            known = [{k: None if v == math.inf else v for k, v in r.items()} for r in rows]
+            print_json({"worst": known})
+        else:
+            out.print(worst_table(rows))
+        return
     if html is not None:
         if second is not None or at is not None or stat or show_id or why_id or json_:
             raise BadInput("--html takes the whole of one artifact, as in: diff OUT --html FILE")
@@ -219,12 +233,12 @@ def diff_(
         out.print(f"written to {html}", markup=False, highlight=False)
         return
     if show_id or why_id:
-        rows = account.show(show_id) if show_id else account.why(str(why_id))
+        lines = account.show(show_id) if show_id else account.why(str(why_id))
         if json_:
-            print_json([{"step": n, "pass": p, "text": t} for n, p, t in rows])
-        for number, name, text in [] if json_ else rows:
+            print_json([{"step": n, "pass": p, "text": t} for n, p, t in lines])
+        for number, name, text in [] if json_ else lines:
             out.print(f"{number} {name}: {text}", highlight=False, markup=False)
-        if not rows and not json_:
+        if not lines and not json_:
             out.print(f"no pass changed {show_id or why_id}, and none refused it")
         return
     if second is None and at is None:

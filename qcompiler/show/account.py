@@ -100,6 +100,15 @@ class Account:
                 found.append((number, step.name, f"its value has {step.nodes[id]:.1f} dB SQNR"))
         return found
 
+    def worst(self) -> dict[str, tuple[float, str]]:
+        """Node → (SQNR of its value in dB, the pass that left it so), what lost the most first."""
+        found: dict[str, tuple[float, str]] = {}
+        for step in self.steps:
+            for id, sqnr in step.nodes.items():
+                if id not in found or sqnr < found[id][0]:
+                    found[id] = sqnr, step.name
+        return dict(sorted(found.items(), key=lambda item: item[1][0]))
+
 
 def describe(snapshot: Snapshot, id: str) -> str | None:
     """One node (or parameter) of a program as text, None if it is not there."""

@@ -57,7 +57,7 @@ def account_page(account: Account, title: str) -> str:
     ]  # fmt: skip
     heads = ("#", "pass", "effect", "changes", "left alone", "error", "seconds")
     parts = ["<h2>Passes</h2>", table(heads, steps, numbers=(0, 4, 6), ids=(1,))]
-    if worst := _hurt(account.steps):
+    if worst := _hurt(account):
         parts += ["<h2>Which layers hurt</h2>", worst]
     if plan := account.steps[-1].after.plan:
         parts += ["<h2>Formats by site</h2>", _formats(plan)]
@@ -90,16 +90,11 @@ def table(
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(found)}</tbody></table>"
 
 
-def _hurt(steps: Sequence[Step]) -> str:
+def _hurt(account: Account) -> str:
     """Nodes by the least SQNR that a step left them with; bars are noise, in units of the worst."""
-    found: dict[str, tuple[float, str]] = {}
-    for step in steps:
-        for id, sqnr in step.nodes.items():
-            if id not in found or sqnr < found[id][0]:
-                found[id] = sqnr, step.name
-    order = sorted(found, key=lambda id: found[id][0])
-    values = [found[id][0] for id in order]
-    rows = [[id, found[id][1], f"{found[id][0]:.1f} dB"] for id in order]
+    found = account.worst()
+    values = [sqnr for sqnr, _ in found.values()]
+    rows = [[id, name, f"{sqnr:.1f} dB"] for id, (sqnr, name) in found.items()]
     bars = [10 ** ((values[0] - v) / 20) if math.isfinite(v) else 0.0 for v in values]
     heads = ("node", "behind", "SQNR of its value")
     low = [v < LOW_DB for v in values]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qcompiler.diff import Diff
 from qcompiler.history import Step
@@ -36,6 +38,38 @@ def steps_table(account: Account) -> Table:
             f"{step.seconds:.2f}",
         )
     return table
+
+
+def worst_rows(count: int, first: Account, second: Account | None) -> list[dict[str, object]]:
+    """The `count` values that lost the most, of one account or of two side by side."""
+    own, other = first.worst(), second.worst() if second is not None else {}
+    nothing = math.inf, ""
+    ids = sorted(own | other, key=lambda i: min(own.get(i, nothing)[0], other.get(i, nothing)[0]))
+    return [
+        {
+            "node": id,
+            "behind": own.get(id, other.get(id, nothing))[1],
+            "sqnr_db": own.get(id, nothing)[0],
+            **({"second_sqnr_db": other.get(id, nothing)[0]} if second is not None else {}),
+        }
+        for id in ids[:count]
+    ]
+
+
+def worst_table(rows: Sequence[dict[str, object]]) -> Table:
+    """`worst_rows` for people: decibels, and whether those of the second are more."""
+    table = Table(title="which values lost the most", title_justify="left")
+    heads = {"node": "node", "behind": "behind", "sqnr_db": "SQNR", "second_sqnr_db": "second"}
+    for key in rows[0] if rows else ("node", "behind", "sqnr_db"):
+        table.add_column(heads[key], justify="right" if "sqnr" in key else "left", overflow="fold")
+    for row in rows:
+        cells = [_decibels(v) if isinstance(v, float) else str(v) for v in row.values()]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f} dB" if math.isfinite(value) else ""
 
 
 def print_stat(console: Console, account: Account) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -75,6 +76,26 @@ def test_it_says_what_the_account_says(artifact: Path, tmp_path: Path) -> None:
     for step in account.steps:
         for reason in (*step.edits, *step.skipped):
             assert [reason.nodes[0], reason.why] in page.rows
+
+
+def test_which_values_lost_the_most(artifact: Path, tmp_path: Path) -> None:
+    def call(*words: str) -> str:
+        done = CliRunner().invoke(main, ["diff", *words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    worst = qcompiler.load(artifact).diff().worst()
+    assert [*worst] == sorted(worst, key=lambda id: worst[id][0]) and "0/linear#0" in worst
+    (row,) = json.loads(call(str(artifact), "--worst", "1", "--json"))["worst"]
+    assert row["sqnr_db"] == min(sqnr for sqnr, _ in worst.values())
+    assert f"{row['sqnr_db']:.1f} dB" in call(str(artifact), "--worst", "1")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    passes = "assign{weight=int2:channel},quantize"
+    qcompiler.compile(model, torch.randn(8, 32), passes=passes).save(tmp_path / "low")
+    both = call(str(artifact), str(tmp_path / "low"), "--worst", "5", "--json")
+    (row,) = [r for r in json.loads(both)["worst"] if r["node"] == "0/linear#0"]
+    assert row["second_sqnr_db"] < 20 < row["sqnr_db"]
 
 
 def test_nothing_is_markup() -> None:
