@@ -59,6 +59,9 @@ class InputRounding:
         stem = f"{edge.name.rpartition('/')[0] or edge.name}.{_part(edge)}"
         if fmt.dynamic:
             return self._crossed(edit, facts, edge, fmt, stem)
+        seen = facts.activation(edge.name)
+        if seen.low == seen.high == 0:
+            edit.note(f"{edge.name} read nothing but zeros in all data: what is its range?")
         grid = self.grid(facts, edge, fmt)
         scale = edit.new_param(f"{stem}_scale", grid.scale, like=like)
         zero = grid.zero

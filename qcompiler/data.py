@@ -62,9 +62,18 @@ def read_batches(
     for port in io.tensors:
         if port.name not in whole and port.dtype is not None and not port.dtype.is_floating_point:
             whole[port.name] = _filled(port.name, whole[io.tensors[0].name])
+        if port.name in whole and port.dtype is not None:
+            whole[port.name] = _as_wide(whole[port.name], port.dtype)
     step = BATCH if isinstance(io.tensors[0].shape[0], str) else int(io.tensors[0].shape[0])
     batches = [{k: v[i : i + step] for k, v in whole.items()} for i in range(0, rows, step)]
     return batches[:limit]
+
+
+def _as_wide(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in the type of its input, if both are of real numbers or both of integers: files
+    have numpy's own width, 64 bits."""
+    kinds = [(t.is_floating_point, t.is_complex, t == torch.bool) for t in (value.dtype, dtype)]
+    return value.to(dtype) if kinds[0] == kinds[1] else value
 
 
 def _filled(name: str, first: Tensor) -> Tensor:
@@ -81,6 +90,7 @@ def text_windows(path: Path, io: Signature, tokenizer: Path | None) -> Tensor:
     last = shape[1] if len(shape) > 1 else WINDOW
     bound = io.dims.get(last, (1, None))[1] if isinstance(last, str) else last
     length = min(WINDOW, bound) if bound else WINDOW
+    length -= length % io.steps.get(str(last), 1)
     count = len(ids) // length
     if count == 0:
         raise BadInput(f"{path} has {len(ids)} tokens; expected at least {length}")

@@ -187,7 +187,7 @@ def test_keys_of_attention_are_told(program: Program) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Four batches of one tag, two of another, of eight rows each, and a hidden file."""
-    np.save(tmp_path / "t=10.npy", np.random.default_rng(0).normal(size=(32, 8)).astype("f4"))
+    np.save(tmp_path / "t=10.npy", np.random.default_rng(0).normal(size=(32, 8)))
     rows = torch.randn(16, 8)
     save_file({"input": rows}, tmp_path / "t=2.safetensors")
     (tmp_path / ".DS_Store").write_bytes(b"\xff")

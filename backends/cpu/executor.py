@@ -31,6 +31,7 @@ from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.conv_calls import MeanCall
 from qcompiler.backends.cpu.executor_conv import CONV, Convolutions, placed
 from qcompiler.backends.cpu.fixed import Open, Repeated, fixed, symbols
+from qcompiler.backends.cpu.floats import FLOATS
 from qcompiler.backends.cpu.fuse_conv import anyhow
 from qcompiler.errors import BadInput
 from qcompiler.program import Program
@@ -48,6 +49,7 @@ DIRECT: dict[object, object] = {
     MEAN: convolution.mean,
     APPEND: append,
     APPEND_ROWS: append_rows,
+    **FLOATS,
 }
 """Operators that are Python functions."""
 VIEWS = {

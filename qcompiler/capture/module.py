@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
@@ -103,7 +104,7 @@ def _export(
         names = list(inspect.signature(module.forward).parameters)[: len(args)]
         by_name = dict(zip(names, shapes[0], strict=True)) | shapes[1]  # type: ignore
     try:
-        with torch.no_grad(), _mask_as_given(), redirect_stderr(io.StringIO()):  # it prints graphs
+        with torch.no_grad(), _mask_as_given(), _silence():
             return torch.export.export(
                 module,
                 args,
@@ -116,6 +117,14 @@ def _export(
             )
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise BadInput(_explain(error)) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch prints the graph of what it refuses, and warns of what an RNN does to its weights."""
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)
+        yield
 
 
 @contextmanager

@@ -363,3 +363,27 @@ def test_rope_in_any_memory_order() -> None:
     cos, sin = torch.randn(2, 1, 1, 5, 1)
     want = torch.ops.qc.rope(x, cos.expand(1, 1, 5, 8), sin.expand(1, 1, 5, 8))
     torch.testing.assert_close(torch.ops.qc_cpu.rope(x, cos, sin), want)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_stays_float_is_torchs(kind: type[nn.GRU | nn.LSTM], batch_first: bool) -> None:
+    """Of rows that do not lie side by side, too."""
+
+    class Sequences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(16, 3)
+            self.cells = kind(8, 8, 2, batch_first=batch_first, bidirectional=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.last(self.cells(self.first(x.transpose(1, 2)))[0])
+            return y
+
+    torch.manual_seed(0)
+    module, x = Sequences().eval(), torch.randn(4, 6, 5)
+    made = qcompiler.compile(module, x, passes="assign{weight=int8:channel},quantize")
+    assert relative_error(made.program.flat((x,))[0], made(x)) < 1e-5
+    assert relative_error(module(x), made(x)) < 0.02
+    (why,) = [w for _, _, w in made.diff().why(f"cells/{kind.__name__.lower()}#0")]
+    assert "stays in floating point, with a weight of" in why
