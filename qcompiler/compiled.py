@@ -242,6 +242,7 @@ def lower(
 ) -> tuple[Lowered, tuple[str, ...]]:
     """Run the backend's lowering; a site whose kernel is off goes back to the reference."""
     excluded: dict[str, str] = {}
+    places = {site.id for site in sites(program.nodes)}
     while True:
         passes = backend.lowering(frozenset(excluded))
         if not passes:
@@ -251,7 +252,7 @@ def lower(
         except PassError as error:
             # What a pass behind the first one put in has an id of its own.
             new = [i for i in error.nodes if i not in excluded]
-            bad = [i for i in new if i in program.by_id] or new
+            bad = [i for i in new if i in places] or [i for i in new if i in program.by_id] or new
             if not bad:
                 raise
             for id in bad:
@@ -259,7 +260,6 @@ def lower(
             continue
         steps = result.history[len(program.history) :]
         refused = {r.nodes[0]: r.why for s in steps for r in s.skipped} | excluded
-        places = {site.id for site in sites(program.nodes)}
         edits = [e for s in steps for e in s.edits if e.nodes[0] in places]
         kernels = {e.nodes[0]: e.why for e in edits}
         notes = tuple(f"{id}: {why}" for id, why in excluded.items())

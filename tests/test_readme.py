@@ -10,13 +10,16 @@ from torch import nn
 
 import qcompiler
 import qcompiler.cli
+from qcompiler.pipeline import run_pipeline
+from qcompiler.registry import make_passes
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+PASSES = (Path(__file__).parents[1] / "docs" / "passes.md").read_text("utf-8")
 
 
-def block(word: str) -> dict[str, object]:
+def block(word: str, text: str = README) -> dict[str, object]:
     """Names defined by the Python block that contains `word`."""
-    code = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if word in b)
+    code = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if word in b)
     names: dict[str, object] = {"__name__": "readme"}
     exec(compile(code, "README.md", "exec", dont_inherit=True), names)
     return names
@@ -42,6 +45,20 @@ def test_the_pass() -> None:
     assert "neg" not in str(compiled.program)
     error = (compiled(x) - model(x)).norm() / model(x).norm()
     assert 0 < error < 0.02
+
+
+def test_the_pass_that_moves_a_scale() -> None:
+    equal = block("EqualRows", PASSES)["EqualRows"]
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(),
+        torch.randn(3, 8),
+    )
+    program = run_pipeline(qcompiler.capture(model, x), (equal(), *make_passes("fold")))
+    assert program.history[1].edits[0].why == "rows of 0.weight of one size"
+    rows = program.params["0.weight"].abs().amax(1)
+    assert torch.allclose(rows, torch.ones_like(rows), rtol=1e-5)
+    torch.testing.assert_close(program(x), model(x))
 
 
 def test_the_front_door(tmp_path: Path) -> None:

@@ -386,8 +386,9 @@ def test_compile_falls_back_from_a_kernel_that_is_off() -> None:
         def lowering(self, exclude: frozenset[str] = frozenset()) -> tuple[Pass, ...]:
             return (Lower(exclude=tuple(exclude)),)
 
-    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    layers = [torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 8))
     compiled = qcompiler.compile(model, torch.randn(4, 8), recipe="w8a16", backend=Off())
-    assert list(compiled.refused) == ["1/linear#0"]
-    assert "off the reference" in compiled.refused["1/linear#0"]
-    assert set(compiled.kernels) == {"0/linear#0", "2/linear#0"}
+    assert list(compiled.refused) == ["2/linear#0"]  # and not what reads it
+    assert "off the reference" in compiled.refused["2/linear#0"]
+    assert set(compiled.kernels) == {"0/linear#0", "4/linear#0"}
