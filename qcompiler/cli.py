@@ -403,8 +403,8 @@ def _float_program(saved: Saved) -> Program:
     if source.kind in ("module", "exported"):
         raise BadInput(
             f"{saved.folder} was compiled from an object in Python, so the float model cannot be "
-            "loaded again; compare in Python, or compile from a folder, a .pt2 or .onnx file, or "
-            "module:factory"
+            "loaded again; compare in Python (compiled.compare(model, inputs)), or compile from a "
+            "folder, a .pt2 or .onnx file, or module:factory"
         )
     try:
         return source.open()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Unpack
@@ -13,6 +13,7 @@ from torch import Tensor
 from qcompiler.backend import Artifact, Backend, Lowered, ProgramArtifact
 from qcompiler.capture import Dynamic, Model, Source, open_model
 from qcompiler.check import is_decided, output_errors
+from qcompiler.comparison import Comparison, compare
 from qcompiler.errors import BackendError, BadInput, PassError
 from qcompiler.export import export_onnx
 from qcompiler.generation import Options, generate
@@ -93,6 +94,10 @@ class Compiled:
                 return io.restore(self.artifact.run(inputs))
         except IndexError as error:
             raise explained(error, self.program, inputs) from error
+
+    def compare(self, model: Callable[..., object], *args: object, **kwargs: object) -> Comparison:
+        """This beside `model`, the float one say, on one input: errors, and times in turn."""
+        return compare(self, model, self.program.io.output_names, args, kwargs)
 
     def generate(self, input_ids: Tensor, **options: Unpack[Options]) -> Tensor:
         """`input_ids` (batch, tokens) and what the model writes behind them, at most `count` tokens

@@ -21,6 +21,7 @@ LAYERS = (
     "fisher state synthetic",
     "walk",
     "facts check",
+    "comparison",
     "activations spaces trial",
     "schemes sensitivity",
     "split learn",

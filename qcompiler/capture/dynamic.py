@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qcompiler.errors import first_line
 from qcompiler.program import Program
 from qcompiler.samples import Flat, drawn_sizes, random_inputs
 from qcompiler.shapes import propagate
@@ -85,9 +86,10 @@ def stuck_dims(program: Program, example: Flat) -> dict[str, str]:
 def stepped(program: Program, example: Flat) -> Program:
     """`program` with what some sizes must be a multiple of: the height of an image that is halved
     twice and put together again, say. As runs tell."""
-    own = _sizes(program, example)
-    drawn = drawn_sizes(program.io, 1)
+    own, drawn = _sizes(program, example), drawn_sizes(program.io, 1)
     found: dict[str, int] = {}
+    if not own or not _failure(program, drawn):
+        return program
 
     def runs(dim: str, size: int) -> bool:
         return not _failure(program, {**own, dim: size})
@@ -162,6 +164,6 @@ def _sizes(program: Program, example: Flat) -> dict[str, int]:
 def _failure(program: Program, sizes: dict[str, int]) -> str:
     try:
         program.flat(random_inputs(program.io, 1, sizes))
-    except (RuntimeError, IndexError, ValueError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    except Exception as error:  # whatever an operator raises at a size that it does not take
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
