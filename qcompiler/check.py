@@ -187,8 +187,10 @@ def _output_error(x: object, y: object) -> float:
         return 0.0 if x == y else math.inf
     if x.shape != y.shape:
         return math.inf
+    if x.is_complex() != y.is_complex():
+        return math.inf
     if x.is_complex():
-        x, y = torch.view_as_real(x), torch.view_as_real(y)
+        x, y = (torch.view_as_real(v.resolve_conj()) for v in (x, y))
     if x.is_floating_point():
         return _relative(x.double(), y.double())
     return (x != y.to(x.device)).double().mean().item() if x.numel() else 0.0

@@ -219,10 +219,15 @@ def diff_(
     with what became of it."""
     account, at = _open_at(first)
     if worst is not None:
+        if html is not None or stat or show_id or why_id or at is not None:
+            raise BadInput("--worst takes one artifact or two, as in: diff OUT OTHER --worst 10")
         rows = worst_rows(worst, account, None if second is None else _open_at(second)[0])
         if json_:
-            known = [{k: None if v == math.inf else v for k, v in r.items()} for r in rows]
-            print_json({"worst": known})
+            finite = [
+                {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in r.items()}
+                for r in rows
+            ]
+            print_json({"worst": finite})
         else:
             out.print(worst_table(rows))
         return

@@ -297,7 +297,7 @@ def check_artifact(
     )  # fmt: skip
     for name, value, error, own, mine in rows:
         turned = max(TURNED, 1 / max(value.numel(), 1)) if is_decided(value) else 0.0
-        if not (error <= backend.tolerance or mine <= 1.25 * own + turned):
+        if not (error <= max(backend.tolerance, 1e-12) or mine <= 1.25 * own + turned):
             raise BackendError(
                 f"{name} of the {backend.name} artifact differs from the reference program by "
                 f"{error:.1e} (allowed {backend.tolerance:.0e}), and from float by {mine:.1e} "

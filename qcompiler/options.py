@@ -23,9 +23,13 @@ class Optioned(ABC):
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))  # in Python, a field may be more than an option
-        named = [f.name for f in dataclasses.fields(self) if _is_option(hints[f.name])]
-        self._check({name: getattr(self, name) for name in named})
+        """Text where text is wanted: a rounding, say, is named, not handed over."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name, f.default)
+            if f.type in ("str", str) and not isinstance(value, str):
+                raise BadInput(
+                    f"{self.what} {self.name!r}: option {f.name} is str; found {value!r}"
+                )
 
     @property
     def spec(self) -> PassSpec:
@@ -49,36 +53,23 @@ class Optioned(ABC):
     @classmethod
     def make(cls, options: Mapping[str, Value]) -> Self:
         """Build it from parsed options; a wrong name or type is a `BadInput`."""
+        hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
-        for key in options:
+        for key, value in options.items():
             if key not in known:
                 raise unknown(f"option of {cls.what} {cls.name!r}", key, known)
-        cls._check(options)
-        return cls(**options)  # checked just above
-
-    @classmethod
-    def _check(cls, options: Mapping[str, object]) -> None:
-        hints = typing.get_type_hints(cls)
-        for key, value in options.items():
             if not _fits(value, hints[key]):
                 raise BadInput(
                     f"{cls.what} {cls.name!r}: option {key} is {_type_name(hints[key])}; "
                     f"found {value!r}"
                 )
+        return cls(**options)  # checked just above
 
 
 def _members(hint: object) -> tuple[object, ...]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return typing.get_args(hint)
     return (hint,)
-
-
-def _is_option(hint: object) -> bool:
-    """Whether `hint` is a type that options in text have."""
-    plain = (bool, int, float, str, types.NoneType)
-    return all(
-        m in plain or typing.get_origin(m) in (tuple, typing.Literal) for m in _members(hint)
-    )
 
 
 def _fits(value: object, hint: object) -> bool:

@@ -188,7 +188,9 @@ def _attempt(
     tell: Callable[..., None],
 ) -> _Attempt:
     edit = Edit(program, step.name, fuel)
-    written = {name: value._version for name, value in program.params.items()}
+    # What was made in inference mode does not count how often it is written to.
+    counted = {n: value for n, value in program.params.items() if not value.is_inference()}
+    written = {name: value._version for name, value in counted.items()}
     try:
         step.run(edit, facts)
     except OutOfFuel:
@@ -197,7 +199,7 @@ def _attempt(
         raise
     except Exception as error:  # any bug of a third party's pass, told with its name and place
         raise PassError(f"pass {step.name!r} failed{edit.place()}: {error!r}") from error
-    if in_place := [n for n, version in written.items() if program.params[n]._version != version]:
+    if in_place := [n for n, version in written.items() if counted[n]._version != version]:
         raise PassError(
             f"pass {step.name!r} wrote into {', '.join(in_place[:3])} in place. The model that was "
             "handed over has the same tensor, and is changed: load it again. A pass gives a "

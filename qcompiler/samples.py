@@ -31,6 +31,8 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
 def drawn_sizes(io: Signature, seed: int) -> dict[str, int]:
     """The size of each dynamic dimension in `random_inputs(io, seed)`."""
     sizes = {d: (3, 11, 5, 7, 13, 9)[i % 6] + seed - 1 for i, d in enumerate(io.dims)}
+    # `batch2` need not be `batch`, and yet may have to be as large, or no larger: it is, here.
+    sizes = {d: sizes.get(d.rstrip("0123456789"), n) for d, n in sizes.items()}
     return {d: _within(n, *io.dims[d], io.steps.get(d, 1)) for d, n in sizes.items()}
 
 

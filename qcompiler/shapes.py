@@ -16,9 +16,22 @@ from qcompiler.edit import fake_call
 from qcompiler.io import Port
 from qcompiler.program import Program
 
+PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+
 
 def propagate(program: Program) -> None:
-    """Compute them anew, one symbol for each dimension that the signature names."""
+    """Compute them anew, one symbol for each dimension that the signature names; if that fails, all
+    stay as they are."""
+    was = [(node, node.meta.get("val")) for node in program.graph.nodes]
+    try:
+        _propagate(program)
+    except Exception:
+        for node, value in was:
+            node.meta["val"] = value
+        raise
+
+
+def _propagate(program: Program) -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     sizes = {d: _symbol(i, mode) for i, d in enumerate(program.io.dims)}
     sizes |= {d: sizes[d] * step for d, step in program.io.steps.items()}
@@ -36,7 +49,7 @@ def propagate(program: Program) -> None:
 
 def _symbol(number: int, mode: FakeTensorMode) -> torch.SymInt:
     # Equal sizes become one symbol ("duck shaping"), so each dimension gets its own.
-    size = (5, 7, 11, 13, 17, 19, 23, 29)[number % 8]
+    size = (*PRIMES, *range(101, 101 + number))[number]
     context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])  # type: ignore
     symbol: torch.SymInt = mode.from_tensor(torch.empty(size), symbolic_context=context).shape[0]  # type: ignore[assignment]
     return symbol

@@ -194,6 +194,18 @@ def test_attention_without_heads_has_one(masked: bool) -> None:
     assert node.meta["val"].ndim == 4
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_attention_that_may_have_other_axes_stays(grouped: bool) -> None:
+    def run(q: Tensor) -> Tensor:
+        kv = q[:2] if grouped else q
+        mask = None if grouped else q[0, :, 0] > -9
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(q, kv, kv, mask, enable_gqa=grouped)
+
+    program = canonical(run, torch.randn(4, 5, 8))
+    assert call(program, "scaled_dot_product_attention").meta["val"].ndim == 3
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["bfloat16", "float32 inside"])
 def test_attention_in_other_types(wide: bool) -> None:
     """softmax in float32 over scores in bfloat16; or all of it in float32."""

@@ -162,6 +162,82 @@ def test_an_argument_that_changes_nothing_may_be_left_out(tmp_path: Path) -> Non
         made(ids, ids[:1])
 
 
+class Positions(nn.Module):
+    """What no positions mean depends on the length: 0 in the first step of decoding alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(50, 8), nn.Embedding(64, 8)
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        places = torch.arange(ids.shape[1])[None] if positions is None else positions
+        out: Tensor = self.table(ids) + self.places(places)
+        return out
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        return x.mean(0) if weights is None else (x * weights[:, None]).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("module", "example"),
+    [
+        (Positions(), {"ids": torch.ones(2, 1, dtype=torch.long)}),
+        (Mean(), {"x": torch.randn(1, 8), "weights": torch.ones(1)}),
+    ],
+)
+def test_what_is_so_by_chance_is_no_rule(module: nn.Module, example: dict[str, Tensor]) -> None:
+    if "ids" in example:
+        example["positions"] = torch.zeros(2, 1, dtype=torch.long)
+    assert qcompiler.capture(module, example).io.fills == {}
+
+
+class Looked(nn.Module):
+    """Positions from a table of 8, and some that must be there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+        self.register_buffer("some", torch.tensor([0, 2, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.table(torch.arange(x.shape[1])))[:, self.some]
+
+
+@pytest.mark.parametrize("dynamic", [None, {"x": {0: "batch", 1: "sequence"}}])
+def test_bounds_of_a_size_are_found(dynamic: dict[str, dict[int, str]] | None) -> None:
+    module = Looked()
+    program = qcompiler.capture(module, torch.randn(2, 6, 4), dynamic=dynamic)
+    assert program.io.dims["batch"] == (1, None) and program.io.dims["sequence"][1] == 8
+    for length in (5, 8):
+        x = torch.randn(3, length, 4)
+        torch.testing.assert_close(program(x), module(x))
+    with pytest.raises(BadInput, match=r"sequence is . to 8"):
+        program(torch.randn(3, 9, 4))
+
+
+class Written(nn.Module):
+    """`b` may be as long as `a`, or shorter."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a.index_copy(1, torch.arange(b.shape[1]), b)
+
+
+class Families(nn.Module):
+    def forward(self, q: Tensor, docs: Tensor, w: Tensor) -> Tensor:
+        out: Tensor = q @ (docs[torch.arange(w.shape[0])] * w[:, None]).T
+        return out
+
+
+def test_sizes_that_happen_to_be_equal_stay_apart() -> None:
+    module, a, b = Written(), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    program = qcompiler.capture(module, (a, b))
+    assert program(a, b[:, :3]).shape == (2, 5, 8)
+    program = qcompiler.capture(Families(), (torch.randn(2, 8), torch.randn(2, 8), torch.randn(2)))
+    assert [p.shape[0] for p in program.io.ports] == ["batch", "batch2", "batch2"]
+
+
 class Rows(nn.Module):
     """Reads as many rows of a mask as there are texts, as transformers does."""
 

@@ -24,7 +24,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _recurrent(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """(x, …, batch_first): its products are such linears too, of x (time, batch, in)."""
 
-    def run(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def run(x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        if named or x.dtype != torch.float32:  # others have kernels of their own
+            return operator(x, *arguments, **named)
         *others, batch_first = arguments
         if not batch_first:
             return operator(x.contiguous(), *others, False)

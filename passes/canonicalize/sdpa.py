@@ -48,7 +48,9 @@ def give_heads(edit: Edit) -> None:
     """Attention without heads has one: kernels and runtimes take four axes."""
     for node in edit.calls(aten.scaled_dot_product_attention.default):
         *operands, mask = (*node.args[:4], node.kwargs.get("attn_mask"))[:4]
-        if any(x.meta["val"].ndim != 3 for x in operands):  # type: ignore[union-attr]
+        axes = {x.meta["val"].ndim for x in operands}  # type: ignore[union-attr]
+        fits = mask is None or mask.meta["val"].ndim in (2, 3)  # type: ignore[union-attr]
+        if axes != {3} or not fits or node.kwargs.get("enable_gqa"):
             continue
         edit.spend("attention without heads is attention with one", node)
         added = [edit.call(aten.unsqueeze.default, x, 1, like=node) for x in operands]

@@ -1,10 +1,16 @@
 """Which dimensions of a program's inputs are dynamic: those that torch.export leaves free and at
-which the program was seen to run; and which of them are one."""
+which the program was seen to run; which of them are one, and within what bounds.
+
+torch.export proves shapes only where its shape functions check them: the channels of a convolution,
+two batches that meet behind a view, or a table of positions are seen when the program runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 from typing import TypeGuard
 
 import torch
@@ -12,38 +18,39 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qcompiler.errors import first_line
+from qcompiler.io import Signature
 from qcompiler.program import Program
 from qcompiler.samples import Flat, drawn_sizes, random_inputs
 from qcompiler.shapes import propagate
 
-STEPS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 64, 128)
+STEPS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128)
 """What the size of a dimension is tried to be a multiple of."""
 
 
-def dynamic_shapes(
-    call: object,
-    program: Program | None = None,
-    stuck: Collection[str] = (),
-    turned: bool = False,
-) -> tuple[object, object]:
-    """torch.export's dynamic shapes for `(args, kwargs)`, without the dimensions in `stuck`;
+Axes = frozenset[tuple[int, int]]
+"""(flat input, axis) of some dimensions."""
+
+
+def dynamic_shapes(call: object, fixed: Axes, turned: bool) -> tuple[object, object]:
+    """torch.export's dynamic shapes for `(args, kwargs)`, without those that are `fixed`;
     `turned`: of sequences that have their channels first."""
     flat, spec = pytree.tree_flatten(call)
-    names = [p.shape for p in program.io.ports] if program else [()] * len(flat)
     wanted = [
-        {
-            axis: torch.export.Dim.AUTO
-            for axis in _axes(x, turned)
-            if not (axis < len(shape) and shape[axis] in stuck)
-        }
+        {axis: torch.export.Dim.AUTO for axis in _axes(x, turned) if (i, axis) not in fixed}
         if isinstance(x, Tensor)
         else None
-        for x, shape in zip(flat, names, strict=True)
+        for i, x in enumerate(flat)
     ]
     return pytree.tree_unflatten(wanted, spec)  # type: ignore[no-any-return]
 
 
-def two_or_more(x: Tensor, turned: bool = False) -> Tensor:
+def axes_of(program: Program, dims: Collection[str]) -> Axes:
+    """Where dimensions with these names are."""
+    ports = enumerate(program.io.ports)
+    return frozenset((i, axis) for i, p in ports for axis, d in enumerate(p.shape) if d in dims)
+
+
+def two_or_more(x: Tensor, turned: bool) -> Tensor:
     """Repeat axes of size 1 that should be dynamic: torch.export bakes sizes 0 and 1 in."""
     for axis in _axes(x, turned):
         if x.shape[axis] == 1:
@@ -65,11 +72,7 @@ def _axes(x: Tensor, turned: bool) -> tuple[int, ...]:
 
 
 def stuck_dims(program: Program, example: Flat) -> dict[str, str]:
-    """Dimension → why it is not dynamic after all.
-
-    torch.export proves shapes only where its shape functions check them: the channels of a
-    convolution, or a table of positions behind one, are seen when the program runs.
-    """
+    """Dimension → why it is not dynamic after all."""
     own = _sizes(program, example)
     found: dict[str, str] = {}
     for seed in (1, 2):
@@ -83,58 +86,101 @@ def stuck_dims(program: Program, example: Flat) -> dict[str, str]:
     return found
 
 
-def stepped(program: Program, example: Flat) -> Program:
-    """`program` with what some sizes must be a multiple of: the height of an image that is halved
-    twice and put together again, say. As runs tell."""
-    own, drawn = _sizes(program, example), drawn_sizes(program.io, 1)
-    found: dict[str, int] = {}
-    if not own or not _failure(program, drawn):
-        return program
-
-    def runs(dim: str, size: int) -> bool:
-        return not _failure(program, {**own, dim: size})
-
-    for dim, size in own.items():
-        if not runs(dim, drawn[dim]):
-            steps = (k for k in STEPS if size % k == 0 and size > k)
-            step = next((k for k in steps if runs(dim, size + k) and runs(dim, size - k)), None)
-            found |= {dim: step} if step else {}
-    if not found:
-        return program
-    program = replace(program, io=replace(program.io, steps=found))
-    if not _failure(program, drawn_sizes(program.io, 1)):  # else it is captured again
-        propagate(program)
+def settled(program: Program, example: Flat) -> Program:
+    """`program` with one name for dimensions that must have one size, with what sizes must be a
+    multiple of, and with bounds: as runs at other sizes than the example's tell."""
+    own = _sizes(program, example)
+    named = made = _renamed(program, _one(program, own))
+    if own and _fails(made):
+        made = replace(made, io=_bounded(made, _sizes(made, example)))
+    for found in (made, named):
+        if found is program or _fails(found):  # what still fails is captured again
+            return found
+        try:
+            propagate(found)
+        except Exception:  # shapes that hold at each size that was tried, and not as symbols
+            continue
+        return found
     return program
 
 
-def joined(program: Program, example: Flat) -> Program:
-    """`program` with one name for dimensions that must have one size: a mask's batch and that of
-    the tokens. torch.export proves some of that; of others runs at other sizes tell.
+def _fails(program: Program) -> bool:
+    return any(_failure(program, drawn_sizes(program.io, seed)) for seed in (1, 2))
 
-    Dimensions that may be one are called alike: `batch`, `batch2`.
+
+def _one(program: Program, own: Mapping[str, int]) -> dict[str, str]:
+    """Dimension → the one that it must be as large as: a mask's batch is that of the tokens.
+
+    Those that may be one are called alike, `batch` and `batch2`, and are in the example.
     """
-    own = _sizes(program, example)
     bases = {d: d.rstrip("0123456789") for d in own}
-    alike = {d: b for d, b in bases.items() if d != b and own.get(b) == own[d]}
     one: dict[str, str] = {}
-    for base in dict.fromkeys(alike.values()):
-        size = drawn_sizes(program.io, 1)[base]
-        size += size == own[base]
+    for base in dict.fromkeys(b for d, b in bases.items() if d != b and b in own):
+        family = [d for d in own if bases[d] == base and own[d] == own[base]]
+        # A size of 1 would fit any other; one below the example's is to be larger than that.
+        larger = {**own, **dict.fromkeys(family, own[base] + 2)}
+        start = own if _failure(program, larger) else larger
 
-        def runs(dims: Iterable[str], own: Mapping[str, int] = own, size: int = size) -> bool:
-            return not _failure(program, {**own, **dict.fromkeys(dims, size)})
+        sizes = start[base] + 1, max(start[base] - 1, 2)
+        runs = partial(_runs, program, start, sizes)
 
-        family = {base, *(d for d in alike if alike[d] == base)}
-        # A mask of more rows than there are texts may go unseen, one of fewer does not.
-        tied = [d for d in family - {base} if not (runs([d]) and runs(family - {d}))]
-        if not runs([base, *tied]):
-            tied = [d for d in tied if runs([base, d])]
-        one |= dict.fromkeys(tied, base)
-    return _renamed(program, one) if one else program
+        # A mask of more rows than there are texts may run, the rest unseen: of a batch, one
+        # direction that fails is enough. A sequence may well be the longer one.
+        enough = all if base == "batch" else any
+        tied = [d for d in family if not enough(runs([d]))]
+        for first, second in combinations(tied, 2):
+            if second not in one and all(runs([first, second])):
+                one[second] = one.get(first, first)
+        left = [d for d in tied if d not in {*one, *one.values()}]
+        if len(left) > 2 and all(runs(left)):
+            one |= dict.fromkeys(left[1:], left[0])
+    return one
+
+
+def _runs(
+    program: Program, own: Mapping[str, int], sizes: Iterable[int], dims: Iterable[str]
+) -> list[bool]:
+    """Whether the program runs with each size for `dims`, all others as they are."""
+    return [not _failure(program, {**own, **dict.fromkeys(dims, n)}) for n in sizes]
+
+
+def _bounded(program: Program, own: Mapping[str, int]) -> Signature:
+    """The signature with the steps and bounds of dimensions that fail at other sizes: the height of
+    an image that is halved twice and put together again, positions that a table has."""
+    dims, steps = dict(program.io.dims), {}
+    drawn = [drawn_sizes(program.io, seed) for seed in (1, 2)]
+
+    def runs(dim: str, size: int) -> bool:
+        return size > 0 and not _failure(program, {**own, dim: size})
+
+    for dim, size in own.items():
+        if all(runs(dim, sizes[dim]) for sizes in drawn):
+            continue
+        step = 1
+        if not (runs(dim, size + 1) or runs(dim, size - 1)):
+            tried = (k for k in STEPS if size % k == 0 and size > k)
+            step = next((k for k in tried if runs(dim, size + k) and runs(dim, size - k)), 0)
+        if step == 0:
+            continue
+        if step > 1:
+            steps[dim] = step
+        low, high = dims[dim]
+        for wanted in {sizes[dim] // step * step or step for sizes in drawn}:
+            if runs(dim, wanted):
+                continue
+            right, wrong = size, wanted  # the bound lies between
+            while abs(right - wrong) > step:
+                middle = (right + wrong) // (2 * step) * step
+                right, wrong = (middle, wrong) if runs(dim, middle) else (right, middle)
+            low, high = (max(low, right), high) if wrong < right else (low, right)
+        dims[dim] = low, high
+    return replace(program.io, dims=dims, steps=steps)
 
 
 def _renamed(program: Program, one: Mapping[str, str]) -> Program:
     """`program` with other names for some dimensions, those of others."""
+    if not one:
+        return program
     bounds = dict(program.io.dims)
     for d, base in one.items():
         (low, high), (other, upper) = bounds[base], bounds.pop(d)
@@ -144,10 +190,7 @@ def _renamed(program: Program, one: Mapping[str, str]) -> Program:
         replace(p, shape=tuple(one.get(d, d) if isinstance(d, str) else d for d in p.shape))
         for p in program.io.ports
     )
-    program = replace(program, io=replace(program.io, ports=tuple(ports), dims=bounds))
-    if not _failure(program, drawn_sizes(program.io, 1)):  # else it is captured again
-        propagate(program)
-    return program
+    return replace(program, io=replace(program.io, ports=tuple(ports), dims=bounds))
 
 
 def _sizes(program: Program, example: Flat) -> dict[str, int]:

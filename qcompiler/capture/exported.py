@@ -22,7 +22,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from qcompiler import diff
-from qcompiler.capture.dynamic import joined, stepped
+from qcompiler.capture.dynamic import settled
 from qcompiler.capture.functional import functionalize
 from qcompiler.edit import copy_graph, node_tag
 from qcompiler.errors import BadInput
@@ -75,7 +75,7 @@ def from_exported(
         counters=counters,
     )
     example = tuple(pytree.tree_leaves(exported.example_inputs or ()))
-    program = stepped(joined(begin_empty(program), example), example)
+    program = settled(begin_empty(program), example)
     after = diff.snapshot(program)
     step = Step("capture", "capture", None, diff.Diff(), after, notes=(note,) if note else ())
     return replace(program, history=(step,))

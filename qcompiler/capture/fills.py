@@ -1,7 +1,8 @@
-"""Which arguments of a module may be left out of a call, though the captured program has them.
+"""Which arguments may be left out of a call, though the captured program has them.
 
-An argument whose default is None is filled with ones, or zeros, where the module does the same with
-these as without the argument: a mask that hides nothing, token types of a single text.
+An argument whose default is None is filled with ones, or zeros, where the program with these does
+what the module does without the argument, on inputs of other sizes than the example's: a mask that
+hides nothing, token types of a single text.
 """
 
 from __future__ import annotations
@@ -14,45 +15,63 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qcompiler.check import relative_error
+from qcompiler.program import Program
+from qcompiler.samples import random_inputs
 
-SAME = 1e-5
-"""Relative error of the outputs up to which the two calls are one; a mask of ones is added up."""
+SAME = {torch.float64: 1e-5, torch.float32: 1e-5}
+"""Relative error of the outputs up to which two calls are one: a mask of ones is added up."""
+ROUGH = 1e-2
+"""The same in 16 bits."""
 
 
-def fills(
-    module: torch.nn.Module,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    names: tuple[str, ...],
-) -> dict[str, float]:
+def fills(module: torch.nn.Module, program: Program) -> dict[str, float]:
     """Argument → what it may be filled with."""
     parameters = inspect.signature(module.forward).parameters
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    calls = [_given(program, seed) for seed in (1, 2)]
     found: dict[str, float] = {}
-    for name, value in given.items():
+    for name, value in calls[0].items():
         optional = name in parameters and parameters[name].default is None
         if not optional or not isinstance(value, Tensor) or not value.numel():
             continue
-        without = _outputs(module, {k: v for k, v in given.items() if k != name})
-        for number in (1, 0) if without is not None else ():
-            filled = _outputs(module, given | {name: torch.full_like(value, number)})
-            if filled is not None and _same(without, filled):
+        wanted = [_without(module, name, given) for given in calls]
+        numbers = (0, 1) if value.is_floating_point() else (1, 0)
+        for number in numbers if None not in wanted else ():
+            pairs = zip(calls, wanted, strict=True)
+            if all(_same(program, given, name, number, w) for given, w in pairs):
                 found[name] = number
                 break
     return found
 
 
-def _outputs(module: torch.nn.Module, given: Mapping[str, object]) -> list[object] | None:
-    """None where the module cannot be called like that."""
+def _given(program: Program, seed: int) -> dict[str, object]:
+    args, kwargs = pytree.tree_unflatten(random_inputs(program.io, seed), program.io.in_spec)
+    return {**dict(zip(program.io.names, args, strict=False)), **kwargs}
+
+
+def _without(
+    module: torch.nn.Module, name: str, given: Mapping[str, object]
+) -> list[object] | None:
+    """What the module returns without the argument; None if it cannot be called like that."""
     try:
         with torch.no_grad():
-            return pytree.tree_leaves(module(**given))
+            return pytree.tree_leaves(module(**{k: v for k, v in given.items() if k != name}))
     except Exception:  # whatever a model's own code raises when it is called in another way
         return None
 
 
-def _same(a: object, b: object) -> bool:
+def _same(
+    program: Program,
+    given: Mapping[str, object],
+    name: str,
+    number: float,
+    wanted: list[object] | None,
+) -> bool:
+    value = given[name]
+    assert isinstance(value, Tensor) and wanted is not None
+    filled = {**given, name: torch.full_like(value, number)}
     try:
-        return relative_error(a, b) <= SAME
-    except ValueError:  # outputs of another number
+        outputs = program.flat(program.io.flatten((), filled))
+        error = relative_error(wanted[: len(outputs)], list(outputs))
+    except Exception:  # it need not run with such numbers, or it returns something else
         return False
+    return error <= SAME.get(program.dtype, ROUGH)

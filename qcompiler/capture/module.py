@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -15,7 +16,14 @@ from torch import Tensor
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
-from qcompiler.capture.dynamic import dynamic_shapes, is_sequence, stuck_dims, two_or_more
+from qcompiler.capture.dynamic import (
+    Axes,
+    axes_of,
+    dynamic_shapes,
+    is_sequence,
+    stuck_dims,
+    two_or_more,
+)
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.fills import fills
 from qcompiler.errors import BadInput
@@ -24,6 +32,9 @@ from qcompiler.program import Program, check_finite
 
 CALL = "The following call raised this error:"
 """What torch writes in front of the line of the model's own code."""
+ATTEMPTS = 3
+SUGGESTED = r"^\s*(\w+) = Dim\('\w+'(.*)\)$"
+"""What it writes of a named dimension that has bounds."""
 
 
 def export_module(module: torch.nn.Module, example_inputs: object, dynamic: object) -> Program:
@@ -34,7 +45,7 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     with inference(module):
         kwargs = _without_cache(module, kwargs)
         program = _exported(module, args, kwargs, names, dynamic)
-        found = fills(module, args, kwargs, names)
+        found = fills(module, program)
     return replace(program, io=replace(program.io, fills=found))
 
 
@@ -47,8 +58,7 @@ def _exported(
 ) -> Program:
     call = (args, kwargs)
     if dynamic is not None and dynamic is not True:
-        shapes, axes = _exact_shapes(dynamic, args, kwargs, names)
-        program = from_exported(_export(module, call, shapes, named=True), names, axes=axes)
+        program = _exact(module, call, names, dynamic)
         if stuck := stuck_dims(program, program.io.flatten(args, kwargs)):
             raise BadInput(f"`dynamic` names what the model fixes: {'; '.join(stuck.values())}")
         return program
@@ -75,11 +85,17 @@ def _exported(
 def _free(module: torch.nn.Module, call: object, names: tuple[str, ...], turned: bool) -> Program:
     """Exported with all dimensions dynamic that can be, of those that are tried."""
     wide = pytree.tree_map_only(Tensor, lambda x: two_or_more(x, turned), call)
-    program = from_exported(_export(module, wide, dynamic_shapes(wide, turned=turned)), names)
-    if not (stuck := stuck_dims(program, program.io.flatten(*wide))):
-        return program
-    shapes = dynamic_shapes(wide, program, set(stuck), turned)
-    return from_exported(_export(module, wide, shapes), names, "; ".join(stuck.values()))
+    fixed: Axes = frozenset()
+    notes: list[str] = []
+    while True:
+        shapes = dynamic_shapes(wide, fixed, turned)
+        program = from_exported(_export(module, wide, shapes), names, "; ".join(notes))
+        stuck = stuck_dims(program, program.io.flatten(*wide))
+        more = axes_of(program, stuck) - fixed
+        if not more:
+            return program
+        fixed |= more
+        notes += stuck.values()
 
 
 def _has_fixed_sequence(call: object, program: Program | None) -> bool:
@@ -163,15 +179,43 @@ def _explain(error: Exception) -> str:
     return f"torch.export refuses this model: {what}{f' ({where})' if where else ''}; {cure}"
 
 
+def _exact(
+    module: torch.nn.Module,
+    call: tuple[tuple[object, ...], dict[str, object]],
+    names: tuple[str, ...],
+    dynamic: object,
+) -> Program:
+    """Exported with the dimensions that are named, within bounds that torch finds for them."""
+    bounds: dict[str, dict[str, int]] = {}
+    for attempt in range(ATTEMPTS):
+        shapes, axes = _exact_shapes(dynamic, *call, names, bounds)
+        try:
+            return from_exported(_export(module, call, shapes, named=True), names, axes=axes)
+        except BadInput as error:
+            more = {
+                name: {word: int(n) for word, n in re.findall(r"(min|max)=(\d+)", rest)}
+                for name, rest in re.findall(SUGGESTED, str(error.__cause__), re.M)
+            }
+            if not more or attempt == ATTEMPTS - 1:
+                raise
+            bounds |= more
+    raise AssertionError("the last attempt returns or raises")
+
+
 def _exact_shapes(
-    dynamic: object, args: tuple[object, ...], kwargs: Mapping[str, object], names: tuple[str, ...]
+    dynamic: object,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    names: tuple[str, ...],
+    bounds: Mapping[str, Mapping[str, int]],
 ) -> tuple[tuple[object, object], list[Mapping[int, str]]]:
     """What `torch.export` wants for (args, kwargs), and the names of each flat input's axes."""
     wanted: Mapping[str, Mapping[int, str]] = dynamic if isinstance(dynamic, Mapping) else {}
     given = [*names[: len(args)], *kwargs]
     if unknown := [n for n in wanted if n not in given]:
         raise BadInput(f"dynamic names {unknown}, but the example inputs are {given}")
-    dims = {d: torch.export.Dim(d) for axes in wanted.values() for d in axes.values()}
+    every = {d for axes in wanted.values() for d in axes.values()}
+    dims = {d: torch.export.Dim(d, **bounds.get(d, {})) for d in every}
 
     def shape(name: str, value: object) -> object:
         """The axes of an argument are those of each tensor in it: of a cache, say."""

@@ -192,7 +192,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention, zero where a mask hides all keys: the exporter's would be their mean, or NaN."""
-    if query.ndim == 3:  # exporters take four axes
+    fits = attn_mask is None or attn_mask.ndim in (2, 3)
+    if query.ndim == 3 and fits and not enable_gqa:  # exporters take four axes
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unsqueeze(1)

@@ -40,7 +40,7 @@ def steps_table(account: Account) -> Table:
     return table
 
 
-def worst_rows(count: int, first: Account, second: Account | None) -> list[dict[str, object]]:
+def worst_rows(count: int, first: Account, second: Account | None) -> list[dict[str, str | float]]:
     """The `count` values that lost the most, of one account or of two side by side."""
     own, other = first.worst(), second.worst() if second is not None else {}
     nothing = math.inf, ""
@@ -56,7 +56,7 @@ def worst_rows(count: int, first: Account, second: Account | None) -> list[dict[
     ]
 
 
-def worst_table(rows: Sequence[dict[str, object]]) -> Table:
+def worst_table(rows: Sequence[dict[str, str | float]]) -> Table:
     """`worst_rows` for people: decibels, and whether those of the second are more."""
     table = Table(title="which values lost the most", title_justify="left")
     heads = {"node": "node", "behind": "behind", "sqnr_db": "SQNR", "second_sqnr_db": "second"}
@@ -69,7 +69,7 @@ def worst_table(rows: Sequence[dict[str, object]]) -> Table:
 
 
 def _decibels(value: float) -> str:
-    return f"{value:.1f} dB" if math.isfinite(value) else ""
+    return "" if value == math.inf else f"{value:.1f} dB"
 
 
 def print_stat(console: Console, account: Account) -> None:

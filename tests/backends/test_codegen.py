@@ -22,8 +22,9 @@ from qcompiler.rounding import nearest
 pytest.importorskip("llvmlite")
 
 from qcompiler.backends.cpu import generated
-from qcompiler.backends.cpu.codegen import depthwise, jit, layout
+from qcompiler.backends.cpu.codegen import depthwise, jit, layout, rows
 from qcompiler.backends.cpu.codegen import isa as isas
+from qcompiler.backends.cpu.codegen.before import Before
 from qcompiler.backends.cpu.codegen.linear import module
 from qcompiler.backends.cpu.codegen.tile import Spec
 from qcompiler.backends.cpu.kernels import KERNELS, Static
@@ -178,6 +179,22 @@ def test_instructions_of_depthwise_convolutions(isa: str, triple: str, instructi
     chosen = isas.ISAS[isa]
     made = depthwise.module(chosen, Spec(depthwise.BITS, 0, shifted=True, behind="relu6"))
     assert instruction in jit.assembly(made, chosen, triple)
+
+
+@pytest.mark.parametrize(
+    ("isa", "triple", "instruction"),
+    [
+        ("vnni", "x86_64-linux-gnu", "zmm"),
+        ("avx2", "x86_64-linux-gnu", "vfmadd"),
+        ("neon", "aarch64-linux-gnu", "fmla"),
+    ],
+)
+def test_instructions_of_transforms(isa: str, triple: str, instruction: str) -> None:
+    """Also where runs are shorter than a vector is wide."""
+    chosen = isas.ISAS[isa]
+    for before in ("hadamard:2816:11", "hadamard:44:11", "silu_mul|hadamard:5:5"):
+        made = rows.module(chosen, rows.Rounding(32, before=Before.parse(before)))
+        assert instruction in jit.assembly(made, chosen, triple)
 
 
 def test_an_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import fx
 
 import qcompiler
 from qcompiler import BadInput, Edit, Effect, Facts, Pass, PassError, Program, QFormat
+from qcompiler.check import relative_error
 from qcompiler.pipeline import run_pipeline
 from qcompiler.program import digest, node_id
 from qcompiler.registry import make_passes
@@ -343,6 +345,33 @@ def test_options_are_checked_in_python_too() -> None:
         QFormat(3, (-1,))  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="found 'int8', 'channel'"):
         QFormat("int8", "channel")  # type: ignore[arg-type]
+
+
+def test_fields_may_be_more_than_options() -> None:
+    """A pass in Python may have fields that no text could give."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Free(Doing):
+        pair: tuple[int, str] = (1, "a")
+        share: float = np.float64(0.5)  # type: ignore[assignment]
+        made: str = field(init=False, default="")
+        none: int = None  # type: ignore[assignment]
+
+    assert Free(do=print).pair == (1, "a")
+
+
+def test_a_model_made_in_inference_mode() -> None:
+    """Its tensors do not count how often they are written to."""
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        made = qcompiler.compile(model, torch.randn(4, 8), recipe="w8a8-dynamic")
+        assert made(torch.randn(3, 8)).shape == (3, 4)
+
+
+def test_complex_outputs_are_compared() -> None:
+    x = torch.randn(8, dtype=torch.complex64)
+    assert relative_error(x.conj(), x.conj() * 1.5) == pytest.approx(0.5)
+    assert relative_error(x, x.real) == relative_error(x.real, x) == float("inf")
 
 
 def test_an_entry_point_has_the_name_of_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:

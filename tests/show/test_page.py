@@ -96,6 +96,8 @@ def test_which_values_lost_the_most(artifact: Path, tmp_path: Path) -> None:
     both = call(str(artifact), str(tmp_path / "low"), "--worst", "5", "--json")
     (row,) = [r for r in json.loads(both)["worst"] if r["node"] == "0/linear#0"]
     assert row["second_sqnr_db"] < 20 < row["sqnr_db"]
+    refused = CliRunner().invoke(main, ["diff", f"{artifact}@1", "--worst", "5"])
+    assert refused.exit_code == 2 and "--worst takes one artifact or two" in refused.output
 
 
 def test_nothing_is_markup() -> None:
