@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from qcompiler.capture.dynamic import (
@@ -120,7 +119,7 @@ def _export(
         names = list(inspect.signature(module.forward).parameters)[: len(args)]
         by_name = dict(zip(names, shapes[0], strict=True)) | shapes[1]  # type: ignore
     try:
-        with torch.no_grad(), _mask_as_given(), _silence():
+        with torch.no_grad(), _mask_as_given(module), _silence():
             return torch.export.export(
                 module,
                 args,
@@ -144,18 +143,19 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
-def _mask_as_given() -> Iterator[None]:
-    """torch's decoder layers look whether a mask is causal, which is a branch on its values, to
-    leave it out of attention: here it stays in."""
+def _mask_as_given(module: torch.nn.Module) -> Iterator[None]:
+    """torch's own decoders look whether a mask is causal, which is a branch on its values, to leave
+    it out of attention: here it stays in."""
     name = "_detect_is_causal_mask"
-    was = getattr(transformer, name, None)
-    if was is not None:
-        setattr(transformer, name, lambda mask, is_causal=None, size=None: is_causal is True)
+    files = {inspect.getmodule(type(m)) for m in module.modules()}
+    was = {file: getattr(file, name) for file in files if hasattr(file, name)}
     try:
+        for file in was:
+            setattr(file, name, lambda mask, is_causal=None, size=None: is_causal is True)
         yield
     finally:
-        if was is not None:
-            setattr(transformer, name, was)
+        for file, function in was.items():
+            setattr(file, name, function)
 
 
 def _explain(error: Exception) -> str:
