@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import io
-import itertools
 import re
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -23,14 +20,13 @@ from qcompiler.capture.dynamic import (
     stuck_dims,
     two_or_more,
 )
+from qcompiler.capture.export import export
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.fills import fills
 from qcompiler.errors import BadInput
 from qcompiler.io import as_call
 from qcompiler.program import Program, check_finite
 
-CALL = "The following call raised this error:"
-"""What torch writes in front of the line of the model's own code."""
 ATTEMPTS = 3
 SUGGESTED = r"^\s*(\w+) = Dim\('\w+'(.*)\)$"
 """What it writes of a named dimension that has bounds."""
@@ -78,7 +74,7 @@ def _exported(
     # Some models fix a size in code; the example's own sizes may still go through.
     static = pytree.tree_map(lambda _: None, call)
     note = f"captured with the example's sizes only: {refused}"
-    return from_exported(_export(module, call, static), names, note)
+    return from_exported(export(module, call, static), names, note)
 
 
 def _free(module: torch.nn.Module, call: object, names: tuple[str, ...], turned: bool) -> Program:
@@ -88,7 +84,7 @@ def _free(module: torch.nn.Module, call: object, names: tuple[str, ...], turned:
     notes: list[str] = []
     while True:
         shapes = dynamic_shapes(wide, fixed, turned)
-        program = from_exported(_export(module, wide, shapes), names, "; ".join(notes))
+        program = from_exported(export(module, wide, shapes), names, "; ".join(notes))
         stuck = stuck_dims(program, program.io.flatten(*wide))
         more = axes_of(program, stuck) - fixed
         if not more:
@@ -106,79 +102,6 @@ def _has_fixed_sequence(call: object, program: Program | None) -> bool:
     return any(is_sequence(x) and isinstance(port.shape[1], int) for x, port in ports)
 
 
-def _export(
-    module: torch.nn.Module,
-    call: tuple[tuple[object, ...], dict[str, object]],
-    shapes: tuple[object, object],
-    named: bool = False,
-) -> torch.export.ExportedProgram:
-    args, kwargs = call
-    arranged = (*shapes[0], *shapes[1].values()) if kwargs else shapes[0]  # type: ignore
-    by_name = None
-    if kwargs:
-        names = list(inspect.signature(module.forward).parameters)[: len(args)]
-        by_name = dict(zip(names, shapes[0], strict=True)) | shapes[1]  # type: ignore
-    try:
-        with torch.no_grad(), _mask_as_given(module), _silence():
-            return torch.export.export(
-                module,
-                args,
-                kwargs,
-                dynamic_shapes=by_name or arranged,
-                strict=False,
-                # What torch cannot prove of a named size, as where a transposed tensor is appended
-                # to a cache, is checked in runs instead of refused.
-                prefer_deferred_runtime_asserts_over_guards=named,
-            )
-    except Exception as error:  # torch.export raises dozens of types, most of them private
-        raise BadInput(_explain(error)) from error
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """torch prints the graph of what it refuses, and warns of what an RNN does to its weights."""
-    with redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)
-        yield
-
-
-@contextmanager
-def _mask_as_given(module: torch.nn.Module) -> Iterator[None]:
-    """torch's own decoders look whether a mask is causal, which is a branch on its values, to leave
-    it out of attention: here it stays in."""
-    name = "_detect_is_causal_mask"
-    files = {inspect.getmodule(type(m)) for m in module.modules()}
-    was = {file: getattr(file, name) for file in files if hasattr(file, name)}
-    try:
-        for file in was:
-            setattr(file, name, lambda mask, is_causal=None, size=None: is_causal is True)
-        yield
-    finally:
-        for file, function in was.items():
-            setattr(file, name, function)
-
-
-def _explain(error: Exception) -> str:
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    where = next((line for line in lines if line.startswith("File ") or ".py:" in line), "")
-    if CALL in lines[:-2]:  # the user's own
-        at = lines.index(CALL) + 1
-        where = f"{lines[at]}: {lines[at + 1]}"
-    if "data-dependent" in text or "DataDependent" in type(error).__name__:
-        what = "its Python code branches on the values of a tensor"
-        cure = "rewrite the branch with torch.where or torch.cond"
-    else:
-        what = lines[0].partition(" For more information")[0] if lines else type(error).__name__
-        if "Suggested fixes:" in lines:
-            fixes = itertools.takewhile(
-                lambda line: " = " in line, lines[lines.index("Suggested fixes:") + 1 :]
-            )
-            what += f"; it suggests {', '.join(fixes)}"
-        cure = "see what torch.export supports, or hand over another example input"
-    return f"torch.export refuses this model: {what}{f' ({where})' if where else ''}; {cure}"
-
-
 def _exact(
     module: torch.nn.Module,
     call: tuple[tuple[object, ...], dict[str, object]],
@@ -190,7 +113,7 @@ def _exact(
     for attempt in range(ATTEMPTS):
         shapes, axes = _exact_shapes(dynamic, *call, names, bounds)
         try:
-            return from_exported(_export(module, call, shapes, named=True), names, axes=axes)
+            return from_exported(export(module, call, shapes, named=True), names, axes=axes)
         except BadInput as error:
             more = {
                 name: {word: int(n) for word, n in re.findall(r"(min|max)=(\d+)", rest)}
