@@ -188,9 +188,10 @@ def _class(group: str, name: str, base: type[Base]) -> type[Base]:
         raise BadInput(
             f"{what} {name!r} is {cls!r}; expected a subclass of qcompiler.{base.__name__}"
         )
-    if cls.name != name:
+    own = getattr(cls, "name", name)
+    if own != name:
         raise BadInput(
-            f"{what} {name!r} ({known[name]}) calls itself {cls.name!r}; its entry point must have "
-            "the same name"
+            f"{what} {name!r} ({known[name]}) calls itself {own!r}; its entry point must have the "
+            "same name"
         )
     return cls
