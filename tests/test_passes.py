@@ -143,7 +143,7 @@ def test_assign_options(captured: Captured) -> None:
         ("canonicalize,smooth{alpha=2.0}", BadInput, "between 0 and 1"),
         ("canonicalize,assign,quantize{rounding=nearst}", BadInput, "did you mean 'nearest'"),
         ("canonicalize,assign{weight=int2:channel},quantize{budget=0.01}", PassError, "budget"),
-        ("canonicalize,canonicalize", PassError, "changed nothing"),
+        ("canonicalize,canonicalize{optional=false}", PassError, "changed nothing"),
     ],
 )
 def test_refusals(passes: str, error: type[Exception], words: str, captured: Captured) -> None:
