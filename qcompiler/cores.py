@@ -47,7 +47,7 @@ def fast_core(n: int) -> int | None:
 def refuses_transform(n: int, core: int) -> str | None:
     """None if there are O_core and a Hadamard matrix of n / core, else a sentence."""
     fits = core > 0 and n > 0 and n % core == 0
-    if fits and core_size(n // core) is not None and orthogonal_core(core) is not None:
+    if fits and core_size(n // core) is not None and has_core(core):
         return None
     behind = f" with a core of {core}" if core != 1 else ""
     return f"no Hadamard matrix of size {n}{behind} can be constructed"
@@ -69,6 +69,19 @@ def flatness(matrix: Tensor) -> float:
     """√c times the largest entry of an orthogonal c × c matrix."""
     largest = float(matrix.abs().max())
     return largest * math.sqrt(len(matrix))
+
+
+@lru_cache(maxsize=256)
+def has_core(c: int) -> bool:
+    """Whether `orthogonal_core` makes one, without making it: shapes are computed where torch's
+    tensors are fake."""
+    return (
+        c == 1
+        or (c % 4 == 3 and core_size(c + 1) is not None)
+        or (c % 4 == 2 and (c - 1) % 4 == 1 and prime_power(c - 1) is not None)
+        or (c % 4 == 1 and prime_power(c) is not None)
+        or any(c % a == 0 and has_core(a) and has_core(c // a) for a in range(3, int(c**0.5) + 1))
+    )
 
 
 @lru_cache(maxsize=64)

@@ -11,11 +11,13 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import qcompiler
 from qcompiler import BadInput, Edit, PassError, Program
-from qcompiler.cores import fast_core, flatness, orthogonal_core, random_hadamard
+from qcompiler.cores import fast_core, flatness, has_core, orthogonal_core, random_hadamard
 from qcompiler.hadamard import hadamard, random_signs
+from qcompiler.io import as_call
 from qcompiler.pipeline import run_pipeline
 from qcompiler.program import node_id
 from qcompiler.registry import make_passes
@@ -219,6 +221,26 @@ def test_the_core_of_a_size(n: int, factor: int, core: int | None) -> None:
     if matrix is not None:
         assert flatness(matrix) < 1.5
         torch.testing.assert_close(matrix @ matrix.t(), torch.eye(n, dtype=torch.float64))
+
+
+def test_whether_there_is_a_core_is_known_without_it() -> None:
+    for c in range(1, 200):
+        assert has_core(c) == (orthogonal_core(c) is not None)
+
+
+def test_an_artifact_loads_where_no_core_was_made_yet(tmp_path: Path) -> None:
+    """Shapes are computed with fake tensors, which no matrix may become."""
+    module, example = zoo.build("llama")
+    passes = f"{READY},rotate{{online=true}},fold,assign{{weight=int8:channel}},quantize"
+    made = qcompiler.compile(module, example, passes=passes, backend="reference")
+    made.save(tmp_path / "out")
+    for kept in (orthogonal_core, fast_core, has_core, hadamard):
+        kept.cache_clear()
+    loaded = qcompiler.load(tmp_path / "out")
+    args, kwargs = as_call(example)
+    wanted, found = made(*args, **kwargs), loaded(*args, **kwargs)
+    for a, b in zip(pytree.tree_leaves(wanted), pytree.tree_leaves(found), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("core", [0, 2, 4, 3, 24])
