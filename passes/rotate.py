@@ -7,7 +7,8 @@ reads takes one: the residual stream (R1) once the norms' gains are absorbed, th
 (R2). With `online`, so does a space that one operator would free, the input of the down projection
 (R4), and with `heads` queries and keys behind their rotary embedding (R3); these are computed at
 run time, as fast transforms: of an odd factor of a size, by a matrix of nearly equal entries (see
-`cores.py`), which costs less than Hadamard's of four or more times it and is there for every size.
+`cores.py`), which costs less than Hadamard's of four or more times it, and is there for all up to
+512.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Rotate(Pass):
     rotary embedding (R3), none without one."""
     transform: Literal["auto", "fast", "hadamard"] = "auto"
     """What runs where a size has an odd factor: `hadamard` is of ±1 alone, which spreads an outlier
-    most evenly; `fast` leaves it up to a fifth larger, and costs a CPU a third or less. `auto` is
-    what the backend prefers, or else fast."""
+    most evenly; `fast` leaves it larger, mostly by less than a fifth, and costs a CPU less than
+    half. `auto` is what the backend prefers, or else fast."""
     demand: tuple[str, ...] = ()
     """Patterns of weights that must be rotated; if one cannot be, nothing is done."""
 
@@ -89,7 +90,8 @@ class Rotate(Pass):
         size = space.size
         signs = random_signs(size, generator)
         core = self._core(size) if places else None
-        matrix = random_hadamard(size, signs) if self.kind == "hadamard" else None
+        whole = core is None and self.kind == "hadamard"  # n² numbers, for what is folded alone
+        matrix = random_hadamard(size, signs) if whole else None
         what = "rotation" if core is None and matrix is None else "Hadamard"
         why = f"random {what} of {size} channels"
         if core is not None and core > 1:

@@ -25,7 +25,7 @@ def propagate(program: Program) -> None:
     was = [(node, node.meta.get("val")) for node in program.graph.nodes]
     try:
         _propagate(program)
-    except Exception:
+    except Exception:  # whatever it is, it goes on from here
         for node, value in was:
             node.meta["val"] = value
         raise

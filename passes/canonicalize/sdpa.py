@@ -47,15 +47,18 @@ def raise_attention(edit: Edit) -> None:
 def give_heads(edit: Edit) -> None:
     """Attention without heads has one: kernels and runtimes take four axes."""
     for node in edit.calls(aten.scaled_dot_product_attention.default):
-        *operands, mask = (*node.args[:4], node.kwargs.get("attn_mask"))[:4]
-        axes = {x.meta["val"].ndim for x in operands}  # type: ignore[union-attr]
-        fits = mask is None or mask.meta["val"].ndim in (2, 3)  # type: ignore[union-attr]
-        if axes != {3} or not fits or node.kwargs.get("enable_gqa"):
+        given = (*node.args[:4], node.kwargs.get("attn_mask"))
+        tensors = [x for x in given if isinstance(x, fx.Node)]
+        operands, mask = tensors[:3], tensors[3] if len(tensors) > 3 else None
+        fits = mask is None or mask.meta["val"].ndim in (2, 3)
+        if any(x.meta["val"].ndim != 3 for x in operands) or not fits:
+            continue
+        if node.kwargs.get("enable_gqa"):  # its first axis is that of heads
             continue
         edit.spend("attention without heads is attention with one", node)
         added = [edit.call(aten.unsqueeze.default, x, 1, like=node) for x in operands]
         kwargs = dict(node.kwargs)
-        if isinstance(mask, fx.Node) and mask.meta["val"].ndim == 3:
+        if mask is not None and mask.meta["val"].ndim == 3:
             mask = edit.call(aten.unsqueeze.default, mask, 1, like=node)
         kwargs.pop("attn_mask", None)
         args = (*added, mask, *node.args[4:])
