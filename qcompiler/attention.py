@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -54,11 +55,25 @@ def attentions(nodes: Iterable[fx.Node]) -> list[Attention]:
     return [Attention(n) for n in nodes if n.op == "call_function" and n.target is target]
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """What an attention is given, by name."""
+    names = (
+        "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"
+    )  # fmt: skip
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def scale_of(node: fx.Node) -> float:
+    """What its scores are multiplied by."""
+    given = arguments(node)
+    scale: float | None = given.get("scale")
+    return int(given["query"].meta["val"].shape[-1]) ** -0.5 if scale is None else scale
+
+
 def spell_out(edit: Edit, found: Attention) -> fx.Node:
     """Replace the operator by its definition; the node of the probabilities."""
     node = found.node
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = arguments(node)
 
     def call(target: object, *args: object) -> fx.Node:
         return edit.call(target, *args, like=node)  # type: ignore[arg-type]
@@ -71,10 +86,8 @@ def spell_out(edit: Edit, found: Attention) -> fx.Node:
             key, value = (
                 call(aten.repeat_interleave.self_int, t, repeats, -3) for t in (key, value)
             )
-    width = int(query.meta["val"].shape[-1])
-    scale = given.get("scale")
     scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
-    scores = call(aten.mul.Tensor, scores, width**-0.5 if scale is None else scale)
+    scores = call(aten.mul.Tensor, scores, scale_of(node))
     mask = given.get("attn_mask")
     if given.get("is_causal"):
         seen = call(aten.tril.default, call(aten.ones_like.default, scores))

@@ -56,6 +56,20 @@ def begins_empty(state: State, program: Program) -> bool:
     return isinstance(size, str) and program.io.dims[size][0] == 0
 
 
+def appended(state: State, program: Program) -> tuple[fx.Node, fx.Node] | str | None:
+    """The input and what is appended to it, or what kernels that append in place would have
+    instead; None where nothing grows from nothing (an input joined with what comes from outside).
+    """
+    if not begins_empty(state, program):
+        return None
+    parts: Any = state.path[-1].args[0]
+    if len(state.path) > 2 or len(parts) != 2 or parts[0] is not state.input:
+        return "takes an input with one thing appended to it"
+    if len({n.meta["val"].dtype for n in (*parts, state.path[-1])}) > 1:
+        return "takes what is of the input's own type"
+    return parts[0], parts[1]
+
+
 def growing(program: Program) -> Program:
     """The program, to be run, with states that grow in place (`append.py`)."""
     graph, copies = copy_graph(program.graph)

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from qcompiler.attention import arguments, scale_of
 from qcompiler.backends.cpu.codegen.before import Before
 from qcompiler.backends.cpu.codegen.butterfly import has_butterfly
 from qcompiler.backends.cpu.codegen.layout import OUTPUTS
@@ -32,8 +33,6 @@ aten = torch.ops.aten
 LINEAR = torch.ops.qc_cpu.linear.default
 ROPE = torch.ops.qc_cpu.rope.default
 ATTEND = torch.ops.qc_cpu.attend.default
-SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-"""Arguments of attention behind q, k and v."""
 TENSORS = 8
 """Arguments of the operator that are tensors: x, the weight's, the bias, x_scale and x_zero."""
 FLIPPED = 1e-2
@@ -266,8 +265,8 @@ class LowerAttention(Fuse):
 
     def fuse(self, edit: Edit) -> None:
         for node in self.found(edit, aten.scaled_dot_product_attention.default):
-            named = dict(zip(SDPA, node.args[3:], strict=False)) | dict(node.kwargs)
-            q, k, v = node.args[:3]
+            named = arguments(node)
+            q, k, v = named["query"], named["key"], named["value"]
             shapes = [n.meta["val"].shape for n in (q, k, v)]
             plain = all(len(s) == 4 and isinstance(s[1], int) for s in shapes)
             plain = plain and all(n.meta["val"].dtype == torch.float32 for n in (q, k, v))
@@ -276,11 +275,10 @@ class LowerAttention(Fuse):
                 edit.skip(node, "takes float32 of four axes, values as wide as queries")
                 continue
             edit.spend("attend", node)
-            scale = named.get("scale")
-            scale = int(shapes[0][3]) ** -0.5 if scale is None else scale
+            causal = bool(named.get("is_causal"))
             new = edit.call(
-                ATTEND, q, k, v, named.get("attn_mask"), scale, bool(named.get("is_causal")),
-                like=node, replaces=[node],
+                ATTEND, q, k, v, named.get("attn_mask"), scale_of(node), causal, like=node,
+                replaces=[node],
             )  # fmt: skip
             edit.replace(node, new)
 

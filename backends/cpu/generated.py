@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.cpu.calls import AttendCall, LinearCall, RopeCall, group_of, scratch
-from qcompiler.backends.cpu.coded import Coded, numbers
 from qcompiler.backends.cpu.codegen import layout
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.prompt import attend_many
+from qcompiler.coded import Coded, numbers
 from qcompiler.formats import QFormat, QTensor
 from qcompiler.formats.grid import spread
 

@@ -7,7 +7,7 @@ cat([past, fakequant(new)], axis)      →   qc_cpu::append_rows(past, new, axis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -19,7 +19,7 @@ from qcompiler.edit import Edit
 from qcompiler.facts import Facts
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
-from qcompiler.states import State, begins_empty, states
+from qcompiler.states import State, appended, states
 
 ATTEND = torch.ops.qc_cpu.attend.default
 qc = torch.ops.qc
@@ -41,24 +41,16 @@ class LowerAppend(Pass):
 
     def run(self, edit: Edit, facts: Facts) -> None:
         for state in states(facts.program):
-            if not begins_empty(state, facts.program):
-                continue  # joined with what comes from outside, but nothing that grows from nothing
-            cat = edit.own(state.path[-1])
-            parts: Any = cat.args[0]
-            if len(state.path) > 2 or len(parts) != 2 or parts[0].op != "placeholder":
-                edit.skip(cat, "takes an input with one thing appended to it")
+            cat, found = edit.own(state.path[-1]), appended(state, facts.program)
+            if isinstance(found, str):
+                edit.skip(cat, found)
+            if not isinstance(found, tuple):
                 continue
-            past, new = parts
-            if len({n.meta["val"].dtype for n in (past, new, cat)}) > 1:
-                edit.skip(cat, "takes what is of the input's own type")
-                continue
-            if _coded(state, cat, new):
-                edit.spend("append codes in place", cat)
-                target, new = APPEND_ROWS, new.args[0]
-            else:
-                edit.spend("append in place", cat)
-                target = APPEND
-            made = edit.call(target, past, new, state.axis, like=cat, replaces=[cat])
+            past, new = map(edit.own, found)
+            coded = _coded(state, cat, new)
+            edit.spend("append codes in place" if coded else "append in place", cat)
+            target, given = (APPEND_ROWS, new.args[0]) if coded else (APPEND, new)
+            made = edit.call(target, past, given, state.axis, like=cat, replaces=[cat])
             edit.replace(cat, made)
 
 

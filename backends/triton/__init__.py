@@ -18,7 +18,7 @@ from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.spec import Value
 
-OPERATORS = ("attention", "decoded", "hadamard", "rows", "scaled")
+OPERATORS = ("attention", "cache", "decoded", "hadamard", "rows", "scaled")
 """Modules that register operators."""
 
 
@@ -48,9 +48,11 @@ class TritonBackend(Backend):
         from qcompiler.backends.triton.lower import LowerLinear
 
         load_operators()
+        from qcompiler.backends.triton.lower_cache import LowerCache
+
         left = tuple(sorted(exclude))
         kernels = tuple(n for n in KERNELS if self.kernels is None or n in self.kernels)
-        passes: list[Pass] = []
+        passes: list[Pass] = [LowerCache(exclude=left)]
         if kernels:
             passes.append(LowerLinear(kernels=kernels, exclude=left, optional=True))
         if self.uses(GATHER):

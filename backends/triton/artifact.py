@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backend import ProgramArtifact
+from qcompiler.backends.triton.cache import APPEND_ROWS, CARRIED
 from qcompiler.edit import copy_graph
 from qcompiler.errors import BackendError, BadInput
 from qcompiler.program import Program
@@ -26,18 +27,22 @@ class TritonArtifact(ProgramArtifact):
     def __init__(self, program: Program, device: torch.device) -> None:
         super().__init__(moved(program, device))
         self.device = device
-        self._growing = growing(self.program)
-        found = [s for s in states(program) if begins_empty(s, program)]
-        carried, longer = {s.input for s in found}, {s.path[-1] for s in found}
-        self._begin = [i for i, node in enumerate(program.inputs) if node not in carried]
+        self._running = running(self.program)
+        found = {s.input: s.path[-1] for s in states(program) if begins_empty(s, program)}
+        found |= {n.args[0]: n for n in program.graph.nodes if n.target is APPEND_ROWS}
+        longer = set(found.values())
+        self._begin = [i for i, node in enumerate(program.inputs) if node not in found]
         outputs: Any = program.graph.output_node().args[0]
         self._stay = [y in longer for y in outputs]
 
     def run(self, inputs: Flat) -> Outputs:
         given = [x for i in self._begin if isinstance(x := inputs[i], Tensor)]
         home = device_of(given, self.device)
-        there = tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in inputs)
-        outputs = self._growing.flat(there)
+        there = tuple(
+            x.to(self.device) if isinstance(x, Tensor) and x.device != self.device else x
+            for x in inputs
+        )
+        outputs = self._running.flat(there)
         return tuple(
             y.to(home) if isinstance(y, Tensor) and not stays else y
             for y, stays in zip(outputs, self._stay, strict=True)
@@ -75,6 +80,14 @@ class TritonArtifact(ProgramArtifact):
             return outputs
 
         return replay
+
+
+def running(program: Program) -> Program:
+    """The program, to be run: what it carries grows in place, in 8 bits where it is so rounded."""
+    made = growing(program)
+    for node in made.graph.nodes:
+        node.target = CARRIED.get(node.target, node.target)
+    return made
 
 
 def moved(program: Program, device: torch.device) -> Program:

@@ -12,8 +12,9 @@ int8 keys go into the product as they lie in memory: a query, times the scales o
 two of int8, 256 high + low, right to 16 bits. Scores are computed with tokens in rows, where few
 queries cost little; values are the right side of the second product.
 
-    keys, values   (sequences, heads, capacity, d)
+    keys, values   (sequences, heads, capacity, d), with room behind each head's if they grow
     scales         (sequences, heads, capacity, 1) per token, (… or 1, heads, 1, d) per channel
+    mask           (sequences, query heads, capacity), of any strides
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from qcompiler.backends.triton.widen import floats
 
 LEAST = 16
 """Sides of a product on the tensor cores are at least so long."""
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST_SCORE = tl.constexpr(-1e29)
+"""What masks of numbers add at least: float32's least would overflow."""
 
 
 @triton.jit
@@ -68,22 +71,24 @@ def _halves(q):
     return high.to(tl.int8), (n - 256.0 * high).to(tl.int8), unit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity", "k_scale_row", "v_scale_row", "mask_sequence"))
 def _parts(
-    q, keys, values, k_scale, v_scale, cos, sin, lengths, out, peak, mass,
-    heads, capacity, norm, k_step, v_step,
+    q, keys, values, k_scale, v_scale, cos, sin, lengths, mask, out, peak, mass,
+    heads, capacity, norm, k_row, v_row, k_scale_row, v_scale_row, k_step, v_step,
+    mask_sequence, mask_head, mask_token,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     TILE: tl.constexpr, FP8: tl.constexpr, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One piece, program_id(1), of the tokens of one key-value head."""
+    """One piece, program_id(1), of the tokens of one key-value head. Rows are the steps from one
+    head to the next."""
     pair, piece, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     WHOLE: tl.constexpr = cos is None and not FP8
     g, d = tl.arange(0, QUERIES), tl.arange(0, WIDE)
     row = (pair * GROUP + g).to(tl.int64)
     there = (d < D)[:, None] & (g < GROUP)[None, :]
     query = tl.load(q + row[None, :] * D + d[:, None], mask=there, other=0.0).to(tl.float32)
-    k_side = None if K_TOKEN else k_scale + pair % k_step * D
+    k_side = None if K_TOKEN else k_scale + pair % k_step * k_scale_row
     if not K_TOKEN and cos is None:
         query *= tl.load(k_side + d, mask=d < D, other=0.0)[:, None]
     if WHOLE:
@@ -91,10 +96,15 @@ def _parts(
         unit *= norm
     else:
         query = cast(query, DTYPE)
-    length = tl.minimum(tl.load(lengths + pair // heads), capacity)
+    length = capacity
+    if lengths is not None:
+        length = tl.minimum(tl.load(lengths + pair // heads), capacity)
     part = tl.cdiv(tl.cdiv(length, pieces), TILE) * TILE
-    keys += pair.to(tl.int64) * capacity * D
-    values += pair.to(tl.int64) * capacity * D
+    keys += pair.to(tl.int64) * k_row
+    values += pair.to(tl.int64) * v_row
+    if mask is not None:
+        mask += (pair // heads).to(tl.int64) * mask_sequence
+        mask += ((pair % heads * GROUP + g) * mask_head)[None, :]
     top = tl.full((QUERIES,), -1e30, tl.float32)
     total = tl.zeros((TILE, QUERIES), tl.float32)
     y = tl.zeros((QUERIES, WIDE), tl.float32)
@@ -112,18 +122,29 @@ def _parts(
                 k = cast(_turned(keys, k_side, cos, sin, t, d, FP8, D), DTYPE)
             scores = dot(k, query, tl.zeros((TILE, QUERIES), tl.float32)) * norm
         if K_TOKEN:
-            scores *= tl.load(k_scale + pair * capacity + t)[:, None]
-        scores = tl.where(inside[:, None], scores, -1e30)
+            scores *= tl.load(k_scale + pair.to(tl.int64) * k_scale_row + t)[:, None]
+        seen = inside[:, None]
+        if mask is not None:
+            seen &= (g < GROUP)[None, :]
+            given = tl.load(mask + t[:, None] * mask_token, mask=seen, other=0)
+            if mask.dtype.element_ty == tl.uint8:
+                seen &= given != 0
+            else:
+                seen &= given > -float("inf")
+                scores += tl.maximum(given.to(tl.float32), LEAST_SCORE) * LOG2_E
+        scores = tl.where(seen, scores, -1e30)
         new = tl.maximum(top, tl.max(scores, 0))
         p, keep = tl.exp2(scores - new[None, :]), tl.exp2(top - new)
+        if mask is not None:  # where nothing is seen, all is as large as the largest
+            p = tl.where(seen, p, 0.0)
         total = total * keep[None, :] + p
         top = new
         if V_TOKEN:
-            p *= tl.load(v_scale + pair * capacity + t)[:, None]
+            p *= tl.load(v_scale + pair.to(tl.int64) * v_scale_row + t)[:, None]
         v = floats(_tile(values, t, d, D), FP8, DTYPE)
         y = dot(tl.trans(cast(p, DTYPE)), v, y * keep[:, None])
     if not V_TOKEN:
-        y *= tl.load(v_scale + pair % v_step * D + d, mask=d < D, other=0.0)[None, :]
+        y *= tl.load(v_scale + pair % v_step * v_scale_row + d, mask=d < D, other=0.0)[None, :]
     place = row * pieces + piece
     tl.store(peak + place, top, mask=g < GROUP)
     tl.store(mass + place, tl.sum(total, 0), mask=g < GROUP)
@@ -142,45 +163,59 @@ def _merge(
     at = (head * pieces + i)[:, None] * D + d[None, :]
     part = tl.load(out + at, mask=(i < pieces)[:, None] & (d < D)[None, :], other=0.0)
     sums = tl.sum(part * weight[:, None], 0)
-    # A sequence without a token in its cache gets zero, as a query that sees no key does.
+    # A sequence without a token in its cache, and a query that sees no key, get zero.
     sums = tl.where(total > 0, sums / tl.where(total > 0, total, 1.0), 0.0)
     tl.store(y + head * D + d, cast(sums, y.dtype.element_ty), mask=d < D)
 
 
 def _shape(
-    q: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor, lengths: Tensor,
-    cos: Tensor | None, sin: Tensor | None,
+    q: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor,
+    lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    return torch.empty_like(q)
+    return q.new_empty(q.shape)
 
 
 @operator(_shape)
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor, lengths: Tensor,
-    cos: Tensor | None, sin: Tensor | None,
+    q: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor,
+    lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """q (sequences, query heads, d) → the same shape; `lengths` (sequences,) int32: tokens in the
-    cache; cos and sin (capacity, d) turn keys that are kept before their rotary embedding."""
+    cache, all without it; cos and sin (capacity, d) turn keys that are kept before their rotary
+    embedding; `mask` (sequences, query heads, capacity): bool, True for what is seen, or numbers to
+    add; `scale` of the scores, 1 / √d without it."""
     if q.numel() == 0 or keys.numel() == 0:
-        return torch.zeros_like(q)
-    q, keys, values, lengths = (t.contiguous() for t in (q, keys, values, lengths))
-    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
-    k_scale, v_scale = (t.float().contiguous() for t in (k_scale, v_scale))
-    kind = (q.dtype, keys.dtype, k_scale.shape[-1] == 1, v_scale.shape[-1] == 1, cos is None)
+        return q.new_zeros(q.shape)
+    q, keys, values = q.contiguous(), rows_apart(keys), rows_apart(values)
+    lengths, cos, sin = (None if t is None else t.contiguous() for t in (lengths, cos, sin))
+    k_scale, v_scale = (rows_apart(t.float()) for t in (k_scale, v_scale))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    by = (k_scale.shape[-1] == 1, v_scale.shape[-1] == 1)
+    kind = (q.dtype, keys.dtype, *by, cos is None, None if mask is None else mask.dtype)
     *most, capacity, d = keys.shape  # which grows by a token in each step
     key = " ".join(map(str, ("attention", q.shape[1], *most, bucket(capacity), d, *kind)))
 
     def full(config: Config, k: Tensor, v: Tensor) -> Tensor:
-        tokens = torch.full_like(lengths, capacity)
-        return launch(config, q, k, v, k_scale, v_scale, tokens, cos, sin)
+        return launch(config, q, k, v, k_scale, v_scale, None, cos, sin, mask, scale)
 
     config = best(key, (keys, values), candidates(keys), full)
-    return launch(config, q, keys, values, k_scale, v_scale, lengths, cos, sin)
+    return launch(config, q, keys, values, k_scale, v_scale, lengths, cos, sin, mask, scale)
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """x (sequences, heads, n, d), each head in one run of memory, at equal distances."""
+    sequence, head, *inner = x.stride()
+    even = x.shape[0] == 1 or sequence == x.shape[1] * head
+    return x if even and inner == [x.shape[3], 1] else x.contiguous()
 
 
 def launch(
     config: Config, q: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor,
-    lengths: Tensor, cos: Tensor | None, sin: Tensor | None,
+    lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """`split` pieces, read in steps of `tokens`."""
     (sequences, heads, capacity, d), queries = keys.shape, q.shape[1]
@@ -190,9 +225,11 @@ def launch(
     peak, mass = (q.new_empty(sums.shape[:2], dtype=torch.float32) for _ in range(2))
     wrap = torch.library.wrap_triton
     wrap(_parts)[(sequences * heads, pieces)](
-        q, keys, values, k_scale, v_scale, cos, sin, lengths, sums, peak, mass,
-        heads, capacity, LOG2_E * d**-0.5,
+        q, keys, values, k_scale, v_scale, cos, sin, lengths, mask, sums, peak, mass,
+        heads, capacity, LOG2_E.value * (d**-0.5 if scale is None else scale),
+        *(t.stride(1) for t in (keys, values, k_scale, v_scale)),
         k_scale.shape[0] * k_scale.shape[1], v_scale.shape[0] * v_scale.shape[1],
+        *((0, 0, 0) if mask is None else mask.stride()),
         GROUP=group, QUERIES=max(triton.next_power_of_2(group), LEAST), D=d,
         WIDE=max(triton.next_power_of_2(d), 2 * LEAST), TILE=config.tokens,
         FP8=keys.dtype == torch.uint8,

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not GENERATED, reason="llvmlite is not installed
 if GENERATED:
     from qcompiler.append import append
     from qcompiler.backends.cpu import generated
-    from qcompiler.backends.cpu.coded import FORMAT, Coded, append_rows, numbers
+    from qcompiler.backends.cpu.coded import FORMAT, append_rows
+    from qcompiler.coded import Coded, numbers
 
 MODEL = Path(__file__).parents[2] / "examples/tiny_llama/model"
 BEFORE = "canonicalize{optional=true},fold{optional=true},assign{weight=int8:channel},quantize"

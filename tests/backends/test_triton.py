@@ -68,7 +68,7 @@ ROUND = {"BLOCK": 4096, "given": None, "EARLY": False}
 HEAD = {"GROUP": 4, "QUERIES": 16, "D": 128, "WIDE": 128, "TILE": 64, "V_TOKEN": True}
 HEAD |= {"DTYPE": tl.bfloat16}
 ROTATED = {"FP8": False, "given": None}
-STRAIGHT = {"cos": None, "sin": None}
+STRAIGHT = {"cos": None, "sin": None, "mask": None}
 KERNELS = {
     "int4, one token": (products.few, SHORT | FEW | PLAIN | {"KIND": 0}),
     "int4 with zero points": (products.few, SHORT | FEW | {"KIND": 0, "ZERO": 1}),
@@ -103,7 +103,14 @@ KERNELS = {
     ),
     "attention": (attention._parts, HEAD | STRAIGHT | {"K_TOKEN": True, "FP8": False}),
     "attention, e4m3": (attention._parts, HEAD | STRAIGHT | {"K_TOKEN": False, "FP8": True}),
-    "attention, keys to turn": (attention._parts, HEAD | {"K_TOKEN": False, "FP8": False}),
+    "attention, keys to turn": (
+        attention._parts,
+        HEAD | {"K_TOKEN": False, "FP8": False, "mask": None},
+    ),
+    "attention behind a mask": (
+        attention._parts,
+        HEAD | STRAIGHT | {"K_TOKEN": True, "FP8": False, "mask": "*u8", "lengths": None},
+    ),
     "sums of attention": (attention._merge, {"D": 128, "PIECES": 16, "WIDE": 128}),
     "sums of parts": (split._add, {"PARTS": 4, "BLOCK": 1024, "EARLY": True}),
 }

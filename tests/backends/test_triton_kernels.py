@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from qcompiler.backends.triton.kernels import KERNELS
 from qcompiler.backends.triton.runtime import device, processors, unavailable
 from qcompiler.backends.triton.weights import Weight
 from qcompiler.check import relative_error
+from qcompiler.coded import Coded, numbers
 from qcompiler.formats import Grid, QFormat
 from qcompiler.hadamard import hadamard
 from qcompiler.ops import rope
@@ -32,7 +34,7 @@ if reason := unavailable():
 
 load_operators()
 
-from qcompiler.backends.triton import attention, decoded, scaled  # noqa: E402
+from qcompiler.backends.triton import attention, cache, decoded, scaled  # noqa: E402
 from qcompiler.backends.triton.hadamard import PROGRAMS, factor  # noqa: E402
 from qcompiler.backends.triton.tune import Config  # noqa: E402
 
@@ -461,6 +463,51 @@ def test_attention_in_any_pieces(kind: str, dtype: torch.dtype) -> None:
         assert error(attention.launch(config, *given, None, None), wanted) < 5e-3
 
 
+@pytest.mark.parametrize("masked", ["bool", "float", "nothing seen", "all lowest"])
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+def test_attention_behind_a_mask_and_over_room(kind: str, masked: str) -> None:
+    """Keys that lie in memory with room behind them; a mask of each sequence and head, or one for
+    all; whole pieces that are hidden."""
+    sequences, queries, heads, capacity, d = 3, 6, 2, 200, 32
+    numbers, codes, scales = [], [], []
+    for _ in "kv":
+        x = torch.randn(sequences, heads, 256, d)[:, :, :capacity]
+        grid = Grid.fit(x, QFormat.parse(f"{kind}:channel"))
+        held = torch.zeros(sequences, heads, 256, d, dtype=torch.int8)
+        held = held if kind == "int8" else held.view(torch.uint8)
+        held[:, :, :capacity] = grid.codes(x).to(held.dtype)
+        side = torch.ones(sequences, heads, 300, 1)
+        side[:, :, :capacity] = grid.scale
+        numbers.append(grid.decode(grid.codes(x), torch.float64))
+        codes.append(held.to(device())[:, :, :capacity])
+        scales.append(side.to(device())[:, :, :capacity])
+    q = short(sequences, queries, d)
+    k, v = (t.repeat_interleave(queries // heads, 1) for t in numbers)
+    scores = torch.einsum("bhd,bhtd->bht", q.double(), k) * 0.3
+    seen = torch.rand(sequences, queries if masked == "float" else 1, capacity) > 0.4
+    seen[0, :, 64:] = False
+    if masked == "nothing seen":
+        seen[1] = False
+    if masked == "float":
+        mask = torch.randn(seen.shape).masked_fill(~seen, -torch.inf)
+        scores = scores + mask
+    elif masked == "all lowest":  # as some models hide what is padded
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        mask[1] = torch.finfo(torch.float32).min
+        scores = scores.float().add(mask).double()
+    else:
+        mask, scores = seen, scores.masked_fill(~seen, -torch.inf)
+    p = scores.softmax(-1).nan_to_num(0.0)
+    wanted = torch.einsum("bht,bhtd->bhd", p, v)
+    mask = mask.to(device()).expand(-1, queries, -1)
+    given = (q.to(device()), *codes, *scales, None, None, None, mask, 0.3)
+    assert error(OPS.decode_attention(*given), wanted) < 5e-3
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    for config in attention.candidates(codes[0]):
+        parts = replace(config, split=7)
+        assert error(attention.launch(parts, *given[:8], mask, 0.3), wanted) < 5e-3
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
@@ -517,6 +564,42 @@ def test_llama_goes_on_from_its_cache() -> None:
     assert found.logits.device.type == "cpu" and past[0][0].device.type == device().type
     written = compiled.generate(ids, count=3)
     assert torch.equal(compiled.generate(ids.to(device()), count=3).cpu(), written)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
+def test_a_llama_keeps_its_cache_in_8_bits(format: str, tmp_path: Path) -> None:
+    """Codes are carried, grow in place and are read by attention."""
+    module, example = zoo.build("llama")
+    passes = f"canonicalize,round_cache{{format={format}:token:dynamic}}"
+    ids = (example[0] if isinstance(example, tuple) else example["input_ids"])[:2, :8]
+    compiled = qcompiler.compile(module, example, passes=passes, backend="triton", cache=True)
+    targets = [n.target for n in compiled.artifact.program.graph.nodes]
+    assert targets.count(cache.APPEND_ROWS) == 2 * targets.count(cache.ATTEND) > 0
+    past, own, places = None, None, set()
+    for first, end in ((0, 3), (3, 4), (4, 5), (5, ids.shape[1])):
+        found = compiled(ids[:, first:end], past_key_values=past)
+        wanted = compiled.program(ids[:, first:end], past_key_values=own)
+        past, own = found.past_key_values, wanted.past_key_values
+        # Probabilities have 16 bits.
+        assert error(found.logits, wanted.logits.double()) < 5e-3
+        assert all(isinstance(t, Coded) and t.codes.device.type == device().type for t in past[0])
+        assert error(numbers(past[0][0]), own[0][0].double()) < CLOSE
+        places.add(past[0][0].codes.data_ptr())
+    assert len(places) == 1
+    again = qcompiler.load(compiled.save(tmp_path / "out"))
+    assert torch.equal(again.generate(ids, count=3), compiled.generate(ids, count=3))
+
+
+def test_caches_that_are_not_kept_as_codes_say_why() -> None:
+    module, example = zoo.build("llama")
+    for passes, reason in (
+        ("canonicalize", "takes what is rounded by rows as it is appended"),
+        ("canonicalize,round_cache{format=int4:token:dynamic}", "found int4:token:dynamic"),
+    ):
+        compiled = qcompiler.compile(module, example, passes=passes, backend="triton", cache=True)
+        assert reason in " ".join(compiled.refused.values())
+        found = compiled(*example) if isinstance(example, tuple) else compiled(**example)
+        assert not isinstance(found.past_key_values[0][0], Coded)
 
 
 def test_an_artifact_saves_and_loads(tmp_path) -> None:
