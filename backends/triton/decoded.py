@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompiler.backends.triton import codes
-from qcompiler.backends.triton.operators import early, operator, rows_of, traced
-from qcompiler.backends.triton.products import few, many
+from qcompiler.backends.triton.few import few, few_options, may_be_whole
+from qcompiler.backends.triton.operators import early, operator, rows_of
+from qcompiler.backends.triton.products import many
 from qcompiler.backends.triton.split import sum_parts
 from qcompiler.backends.triton.tune import Config, best, bucket
 from qcompiler.backends.triton.weights import BITS
@@ -51,7 +52,12 @@ def linear_decoded(
     shape = f"{tuple(units.shape)} {group} {zero is not None}"
     key = f"{kind} {bucket(flat.shape[0])} {shape} {flat.dtype} {dtype}"
     lifts = kind == "int4" and flat.dtype == torch.bfloat16
-    config = best(key, (units,), candidates(len(flat), lifts), lambda c, u: launch(c, u, *given))
+    config = best(
+        key,
+        (units,),
+        candidates(len(flat), lifts, units.shape[0]),
+        lambda c, u: launch(c, u, *given),
+    )
     return launch(config, units, *given).reshape(*x.shape[:-1], rows)
 
 
@@ -68,9 +74,7 @@ def launch(
     even = width == blocks * planes * lanes and blocks % at_once == 0
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if config.apart:
-        options |= {"WARPS": config.warps, "LATE": config.late, "ORDERED": config.ordered}
-    if config.registers and not traced(units):
-        options["maxnreg"] = config.registers
+        options = few_options(config, tokens, part, units)
     whole = zero is not None and zero.dtype == torch.uint8
     y = x.new_empty((split, tokens, rows), dtype=torch.float32 if split > 1 else dtype)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(tokens, config.tokens), split)
@@ -85,8 +89,9 @@ def launch(
     return y[0] if split == 1 else sum_parts(y, bias, dtype)
 
 
-def candidates(tokens: int, lifts: bool) -> list[Config]:
-    """The first fits every GPU; `lifts`: the numbers are some that `codes.lifted` makes."""
+def candidates(tokens: int, lifts: bool, blocks: int) -> list[Config]:
+    """The first fits every GPU; `lifts`: the numbers are some that `codes.lifted` makes; `blocks`:
+    those of a row."""
     if tokens > 64:
         return [
             Config(64, 64, warps=4, stages=2),
@@ -101,18 +106,39 @@ def candidates(tokens: int, lifts: bool) -> list[Config]:
         ]
     wide = max(8, bucket(tokens))
 
-    def few(rows: int, warps: int, **flags: Any) -> Config:
-        return Config(rows, wide, warps=warps, stages=1, apart=True, **flags)
+    def few(rows: int, warps: int, registers: int = 0, stages: int = 1, **flags: Any) -> Config:
+        # With 128 registers 16 warps are on a multiprocessor at once, with 80 there are 24.
+        return Config(
+            rows, wide, warps=warps, stages=stages, apart=True, registers=registers, **flags
+        )
 
-    apart = [few(16, 8), few(16, 8, ordered=True), few(32, 4)]
-    if tokens <= 8 and lifts:
-        # Of 128 registers, 16 warps are on a multiprocessor at once.
-        apart += [few(32, warps, late=True, registers=128) for warps in (2, 8)]
-        apart += [few(rows, 4, late=True, ordered=True) for rows in (16, 32)]
-    elif tokens <= 8:
-        apart += [few(16, 4), few(16, 4, ordered=True), few(32, 8)]
-    together = [(split, stages) for split in (1, 4, 8) for stages in (3, 4)] if wide >= 16 else []
+    def whole(rows: int, warps: int, registers: int = 0) -> list[Config]:
+        fits = may_be_whole(rows, warps, blocks)
+        return [few(rows, warps, registers, whole=True)] if fits else []
+
+    if wide >= 16:
+        together = ((1, 2), (1, 4), (4, 2), (8, 2), (4, 4))
+        return [
+            few(16, 8),
+            few(16, 8, 128),
+            few(32, 4),
+            few(16, 4, 128),
+            few(16, 8, 168, stages=2),
+            *whole(32, 8),
+            *whole(32, 8, 128),
+            *(Config(64, wide, split=split, warps=w, stages=4) for split, w in together),
+            Config(128, wide, split=4, warps=4, stages=4),
+        ]
     return [
-        *apart,
-        *(Config(64, wide, split=split, warps=4, stages=stages) for split, stages in together),
+        few(16, 8),
+        few(16, 8, 96),
+        few(16, 8, 128, stages=2),
+        few(16, 4, 96),
+        few(16, 4, 128, stages=2),
+        few(32, 2, 128),
+        few(32, 8, 128),
+        *whole(16, 8, 80),
+        *whole(16, 4, 128),
+        *whole(32, 8, 128),
+        *((few(32, 4, late=True, ordered=True), few(32, 8, 128, late=True)) if lifts else ()),
     ]

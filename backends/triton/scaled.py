@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompiler.backends.triton.codes import PLAIN, cast
+from qcompiler.backends.triton.few import few, few_options, may_be_whole
 from qcompiler.backends.triton.operators import early, operator, rows_of
-from qcompiler.backends.triton.products import few
 from qcompiler.backends.triton.runtime import capability, processors
 from qcompiler.backends.triton.tune import Config, best, bucket
 
@@ -134,13 +134,13 @@ def launch(
     wrap = torch.library.wrap_triton
     if config.apart:
         blocks = width // FEW_LANES
+        part = triton.cdiv(blocks, config.warps) * config.warps
         wrap(few)[(triton.cdiv(rows, config.rows), triton.cdiv(tokens, config.tokens), 1)](
             x, x_scale, weight, scale, None, bias, y,
-            tokens, width, rows, 0, FEW_LANES, width, blocks, triton.cdiv(blocks, config.warps)
-            * config.warps, SPAN=1, SHARED=1, PLANES=1, LANES=FEW_LANES, KIND=PLAIN.value,
-            ZERO=0, ONE=True, EVEN=blocks % config.warps == 0, DTYPE=tl.int8, ROWS=config.rows,
-            TOKENS=config.tokens, WARPS=config.warps, LATE=False, ORDERED=config.ordered,
-            num_warps=config.warps, num_stages=1, **early(weight),
+            tokens, width, rows, 0, FEW_LANES, width, blocks, part,
+            SPAN=1, SHARED=1, PLANES=1, LANES=FEW_LANES, KIND=PLAIN.value, ZERO=0, ONE=True,
+            EVEN=blocks == part, DTYPE=tl.int8, ROWS=config.rows, TOKENS=config.tokens,
+            **few_options(config, tokens, part, weight), **early(weight),
         )  # fmt: skip
     elif config.descriptors:
         triton.set_allocator(
@@ -159,18 +159,13 @@ def candidates(x: Tensor, weight: Tensor) -> list[Config]:
     """The first fits every GPU; those with descriptors are for Hopper and later ones."""
     tokens = x.shape[0]
     if tokens <= 16:
-        few = [
-            Config(rows, 8, FEW_LANES, warps=warps, stages=1, apart=True, ordered=ordered)
-            for rows, warps in ((16, 4), (16, 8), (32, 4), (32, 8))
-            for ordered in (False, True)
-        ]
         # They read activations from the cache of a multiprocessor, which more tokens leave, and
         # count in 32 bits what comes before a row.
         fits = tokens <= 8 and x.dtype == torch.int8 and weight.numel() < 2**31
         return [
             Config(64, 16, 128, stages=4),
             Config(32, 16, 128, warps=2, stages=5),
-            *(few if fits else ()),
+            *(_few(weight.shape[1] // FEW_LANES) if fits else ()),
         ]
     if tokens <= 64:
         return [Config(64, 64, 128, stages=4), Config(128, 64, 128, stages=4)]
@@ -183,4 +178,18 @@ def candidates(x: Tensor, weight: Tensor) -> list[Config]:
         Config(256, 128, 128, warps=8, stages=3, descriptors=True),
         Config(256, 128, 128, warps=8, stages=4, descriptors=True),
         Config(128, 256, 128, warps=8, stages=4, descriptors=True),
+    ]
+
+
+def _few(blocks: int) -> list[Config]:
+    """Tiles of `few` for rows of so many blocks."""
+    tiles = [(16, 4, 1, 0), (16, 8, 1, 96), (16, 4, 2, 128), (16, 8, 2, 128), (32, 8, 1, 128)]
+    made = [
+        Config(rows, 8, FEW_LANES, warps=warps, stages=ahead, apart=True, registers=registers)
+        for rows, warps, ahead, registers in tiles
+    ]
+    return made + [
+        Config(rows, 8, FEW_LANES, warps=warps, stages=1, apart=True, whole=True, registers=128)
+        for rows, warps in ((16, 8), (32, 8))
+        if may_be_whole(rows, warps, blocks)
     ]

@@ -50,13 +50,15 @@ class Config:
     """Whether zero points are taken off sums of groups."""
     ordered: bool = False
     """Whether what comes next is asked for first, whatever registers that takes."""
+    whole: bool = False
+    """Whether all that a warp sums over is asked for at once."""
     registers: int = 0
     """Most that a thread may take; 0 for as many as the compiler likes."""
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.tokens}x{self.inner}", f"{self.split} parts"]
         words += [f"{self.warps} warps", f"{self.stages} stages"]
-        flags = ("descriptors", "apart", "late", "ordered")
+        flags = ("descriptors", "apart", "late", "ordered", "whole")
         words += [name for name in flags if getattr(self, name)]
         return " ".join(words + [f"{self.registers} registers"] * bool(self.registers))
 

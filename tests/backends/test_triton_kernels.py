@@ -200,10 +200,10 @@ def test_integer_sums_are_exact(name: str) -> None:
 def config_cases() -> list[tuple[str, Config]]:
     """Every way of dividing the work that the tuner may choose."""
     made = [
-        (name, replace(c, stages=1, warps=min(c.warps, 4)))
+        (name, replace(c, stages=c.stages if c.apart else 1, warps=min(c.warps, 4)))
         for name in ("w4a16", "w8a16", "w4a8")
         for tokens in (1, 9, 50, 300)
-        for c in decoded.candidates(tokens, lifts=name == "w4a16")
+        for c in decoded.candidates(tokens, lifts=name == "w4a16", blocks=16)
     ]
     return list(dict.fromkeys(made))
 
@@ -242,19 +242,20 @@ FEW = [
     (name, config)
     for name in ("w4a16", "w8a16", "w4a8")
     for tokens in (1, 16)
-    for config in decoded.candidates(tokens, lifts=name == "w4a16")
+    for config in decoded.candidates(tokens, lifts=name == "w4a16", blocks=16)
     if config.apart
 ]
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize(("name", "config"), list(dict.fromkeys(FEW)), ids=str)
-def test_rows_of_many_blocks(name: str, config: Config) -> None:
+def test_rows_of_many_blocks(name: str, config: Config, tokens: int) -> None:
     """As a layer has them: blocks for all warps twice over, groups of two planes."""
     fmt = QFormat.parse("int8:channel" if name == "w8a16" else "int4:group128")
     q = nearest(torch.randn(33, 4096), fmt)
     weight = KERNELS[name].prepare(q)
     t = {k: v.to(device()) for k, v in weight.tensors.items()}
-    x = short(2, 4096).bfloat16()
+    x = short(tokens, 4096).bfloat16()
     given, scales, wanted = x.to(device()), None, x.double()
     if name == "w4a8":
         given, scales = OPS.round_rows(given, None, False)
@@ -268,6 +269,8 @@ PRODUCTS = {
     "pointers": Config(64, 64, 64),
     "descriptors": Config(64, 64, 64, descriptors=True),
     "apart": Config(16, 8, 128, warps=4, stages=1, apart=True),
+    "two ahead": Config(16, 8, 128, warps=2, stages=2, apart=True),
+    "whole": Config(16, 8, 128, warps=2, stages=1, apart=True, whole=True),
 }
 
 
@@ -275,8 +278,9 @@ FORMS = [("int8", form) for form in PRODUCTS]
 FORMS += [("fp8_e4m3", form) for form, config in PRODUCTS.items() if not config.apart]
 
 
+@pytest.mark.parametrize("tokens", [1, 70])
 @pytest.mark.parametrize(("kind", "form"), FORMS)
-def test_products_of_codes(kind: str, form: str) -> None:
+def test_products_of_codes(kind: str, form: str, tokens: int) -> None:
     config = PRODUCTS[form]
     if reason := KERNELS["fp8" if kind != "int8" else "w8a8"].missing():
         pytest.skip(reason)
@@ -285,11 +289,11 @@ def test_products_of_codes(kind: str, form: str) -> None:
     fp8 = kind != "int8"
     q = nearest(torch.randn(140, 300), QFormat.parse(f"{kind}:channel"))
     weight = KERNELS["fp8" if fp8 else "w8a8"].prepare(q).tensors
-    codes, scales = OPS.round_rows((x := short(70, 300)).to(device()), None, fp8)
+    codes, scales = OPS.round_rows((x := short(tokens, 300)).to(device()), None, fp8)
     wanted = Grid.fit(x, QFormat.parse(f"{kind}:token:dynamic")).round(x).double()
     wanted = wanted @ q.dequantize(torch.float64).t()
     view = torch.float8_e4m3fn if fp8 else torch.int8
-    y = torch.empty(70, 140, device=device())
+    y = torch.empty(tokens, 140, device=device())
     codes, w = codes.view(view), weight["weight"].to(device()).view(view)
     scaled.launch(config, w, codes, scales, weight["scale"].to(device()), None, y, 140)
     assert error(y, wanted) < (IN_FLIGHT if fp8 else CLOSE)
