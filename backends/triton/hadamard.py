@@ -30,6 +30,8 @@ WIDE = 32
 """What B is made from a smaller core."""
 TILE = 16
 """Sides of a product on the tensor cores are at least so long."""
+FEW = 4
+"""Programs that may start early."""
 PROGRAMS = 4
 """On each multiprocessor, where each has row after row."""
 SIDE = 256
@@ -187,9 +189,9 @@ def turn_rows(x: Tensor, right: Tensor, given: Tensor | None, fp8: bool) -> tupl
         flat, right, given, codes, scales, count, width**-0.5, inner,
         A=a, B=b, WIDE=wide, FP8=fp8, PAD=128, WARPS=_log(divided),
         OUTER=_log(a // (TILE * divided)), LOOP=programs < count, num_warps=warps, num_stages=1,
-        # It lets the kernel behind it come early, and does not itself: as it waited, its shared
-        # memory and registers would keep others from a multiprocessor.
-        EARLY=early(x)["EARLY"],
+        # Many let the kernel behind them come early, and do not themselves: as they waited, their
+        # shared memory and registers would keep others from as many multiprocessors.
+        **(early(x) if programs <= FEW else {"EARLY": early(x)["EARLY"]}),
     )  # fmt: skip
     return codes, scales
 
