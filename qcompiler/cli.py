@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -116,7 +117,8 @@ def compile_(
     work = work or output.with_name(f"{output.name}.work")
     if work.is_dir() and not json_:
         err.print(f"going on from what a run before has left in {work}", highlight=False)
-    with progress(json_) as watch:
+    with progress(json_) as watch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # told below
         compiled = compile_model(
             model, passes=passes, plan=plan, backend=backend, data=feed,
             cache=cache_format or cache, watch=watch, work=work,
@@ -155,6 +157,12 @@ def _print_summary(compiled: Compiled, output: Path) -> None:
     out.print(f"backend {compiled.backend.name}: {words or 'runs the program as it is'}")
     for id, why in list(compiled.refused.items())[:5]:
         out.print(f"  reference at {id}: {why}", markup=False)
+    said: dict[str, list[str]] = {}
+    for step in compiled.history:
+        for note in step.notes:
+            said.setdefault(note, []).append(step.name)
+    for note, names in said.items():
+        out.print(f"note: {', '.join(dict.fromkeys(names))}: {note}", markup=False)
     out.print(f"written to {output}; look at it with: qcompiler diff {output} --stat")
 
 

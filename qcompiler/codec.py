@@ -179,6 +179,7 @@ def _encode_io(io: Signature) -> Json:
         "dims": {k: list(v) for k, v in io.dims.items()},
         "steps": dict(io.steps),
         "fills": dict(io.fills),
+        "counts": dict(io.counts),
     }
 
 
@@ -209,6 +210,7 @@ def _decode_io(raw: Json) -> Signature:
         {k: (v[0], v[1]) for k, v in raw["dims"].items()},
         raw.get("steps", {}),
         raw.get("fills", {}),
+        raw.get("counts", {}),
     )
 
 

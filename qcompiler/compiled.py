@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,14 +17,14 @@ from qcompiler.check import is_decided, output_errors
 from qcompiler.comparison import Comparison, compare
 from qcompiler.errors import BackendError, BadInput, PassError
 from qcompiler.export import export_onnx
-from qcompiler.generation import Options, generate
+from qcompiler.generation import Options, Prompts, generate, padded
 from qcompiler.history import Step
 from qcompiler.indices import check_indices, explained
 from qcompiler.io import as_call
 from qcompiler.keep import Keep
 from qcompiler.module import as_module
 from qcompiler.passbase import Pass
-from qcompiler.pipeline import Progress, Watcher, run_pipeline
+from qcompiler.pipeline import RANDOM, Progress, Watcher, run_pipeline
 from qcompiler.program import Program
 from qcompiler.recipe import DEFAULT, Recipe, load_recipe
 from qcompiler.registry import get_backend, make_passes
@@ -99,13 +100,15 @@ class Compiled:
         """This beside `model`, the float one say, on one input: errors, and times in turn."""
         return compare(self, model, self.program.io.output_names, args, kwargs)
 
-    def generate(self, input_ids: Tensor, **options: Unpack[Options]) -> Tensor:
+    def generate(self, input_ids: Prompts, **options: Unpack[Options]) -> Tensor:
         """`input_ids` (batch, tokens) and what the model writes behind them, at most `count` tokens
-        (see `generation.generate`). It must have been compiled with `cache=True`."""
-        written = list(self.stream(input_ids, **options))
-        return torch.cat([input_ids, torch.stack(written, 1)], 1)
+        (see `generation.generate`). It must have been compiled with `cache=True`.
 
-    def stream(self, input_ids: Tensor, **options: Unpack[Options]) -> Iterator[Tensor]:
+        Texts of unequal length come back padded with zeros at the left."""
+        written = list(self.stream(input_ids, **options))
+        return torch.cat([padded(input_ids)[0], torch.stack(written, 1)], 1)
+
+    def stream(self, input_ids: Prompts, **options: Unpack[Options]) -> Iterator[Tensor]:
         """The tokens that `generate` returns, (batch,) at a time, as they are written."""
         return generate(self, self.program.io, input_ids, **options)
 
@@ -183,6 +186,9 @@ def compile(
     ready = calibration(program, batches, _made(watch, len(pipeline)))
     feed = None if ready is None else lambda: ready
     quantized = run_pipeline(program, pipeline, data=feed, example=flat, watch=watch, keep=keep)
+    steps = [s.name for s in quantized.history if RANDOM in s.notes]
+    if feed is None and steps:
+        warnings.warn(f"{', '.join(steps)}: {RANDOM} (data=)", stacklevel=2)
     compiled = finish(quantized, target, program, source, flat, watch)
     if keep is not None:
         keep.clear()

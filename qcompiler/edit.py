@@ -24,6 +24,7 @@ from qcompiler.formats import Scheme
 from qcompiler.history import Reason
 from qcompiler.layout import in_place, layouts
 from qcompiler.program import Program, Tag, node_id, op_name
+from qcompiler.recurrent import SHAPES
 
 Target = Callable[..., object]
 
@@ -374,7 +375,7 @@ def fake_call(node: fx.Node, mode: FakeTensorMode | None) -> object:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     # torch 2.11's composite operators take symbolic sizes only where Python decomposes them.
     with torch.no_grad(), enable_python_dispatcher(), mode or nullcontext(), _unlogged():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return SHAPES.get(node.target, node.target)(*args, **kwargs)
 
 
 @contextmanager

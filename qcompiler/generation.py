@@ -2,22 +2,26 @@
 
     logits, past = program(tokens, past)        next ~ softmax(logits[-1] / temperature)
 
+Texts of unequal length are padded at the left, if the program was captured to be told.
+
 Sampling as in A. Holtzman et al., "The curious case of neural text degeneration", 2020: of the
 `top_k` likeliest words, those that together have at least the probability `top_p`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from qcompiler.capture.cached import PAST
+from qcompiler.capture.cached import MASK, PADDING, PAST
 from qcompiler.errors import BadInput
-from qcompiler.io import Signature
+from qcompiler.io import Signature, zeros_at_left
 
+Prompts = Tensor | Sequence[Tensor | Sequence[int]]
+TAKES = "input_ids are a tensor (batch, tokens) of ids, at least one, or a list of texts of ids"
 COLD = 1e-6
 """Temperature below which the likeliest is taken."""
 
@@ -25,6 +29,7 @@ COLD = 1e-6
 class Options(TypedDict, total=False):
     """How to write; without any of it, 128 of the likeliest tokens."""
 
+    attention_mask: Tensor
     count: int
     temperature: float
     top_k: int
@@ -36,8 +41,9 @@ class Options(TypedDict, total=False):
 def generate(
     model: Callable[..., Any],
     io: Signature,
-    input_ids: Tensor,
+    input_ids: Prompts,
     *,
+    attention_mask: Tensor | None = None,
     count: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -47,18 +53,55 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the next token of each row of `input_ids` (batch, tokens), as (batch,), `count` times.
 
+    `input_ids` may be texts of unequal length, each of (tokens,), or padded at the left, which
+    `attention_mask` (batch, tokens) then hides with zeros.
     `model` is a compiled one or a program, called with the signature `io`. `temperature` 0 takes
     the likeliest; else one is drawn, of the `top_k` likeliest (0: of all) that together have the
     probability `top_p`. It ends early when each row has had a token of `stop`; a row that has goes
     on with that token.
     """
-    _check(io, input_ids, count, temperature, top_k, top_p, stop)
-    return _written(model, input_ids, count, (temperature, top_k, top_p), stop, seed)
+    _check(io, count, temperature, top_k, top_p, stop)
+    ids, padding = padded(input_ids, attention_mask)
+    if padding is not None and (padding >= ids.shape[1]).any():
+        raise BadInput("attention_mask leaves a row without a token")
+    given: dict[str, Tensor] = {}
+    if padding is not None and PADDING in io.optional:
+        given[PADDING] = padding
+    elif padding is not None and padding.any():
+        raise BadInput(
+            "these texts are of unequal length, and the program was captured for one; compile "
+            "with example inputs that have an attention_mask beside input_ids"
+        )
+    return _written(model, ids, given, count, (temperature, top_k, top_p), stop, seed)
+
+
+def padded(input_ids: object, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Token ids (batch, tokens) and how many at the left of each row are none, if that is told."""
+    if isinstance(input_ids, Tensor):
+        ids = _ids(input_ids)
+        return ids, None if attention_mask is None else zeros_at_left(attention_mask, MASK)
+    if not isinstance(input_ids, Sequence) or not input_ids or attention_mask is not None:
+        what = "texts of ids without attention_mask" if attention_mask is not None else ""
+        raise BadInput(f"{TAKES}; found {what or repr(input_ids)[:60]}")
+    rows = [_ids(torch.as_tensor(row)[None])[0] for row in input_ids]
+    longest = max(map(len, rows))
+    counts = [longest - len(row) for row in rows]
+    ids = torch.stack(
+        [torch.nn.functional.pad(r, (n, 0)) for r, n in zip(rows, counts, strict=True)]
+    )
+    return ids, torch.tensor(counts, device=ids.device)
+
+
+def _ids(ids: Tensor) -> Tensor:
+    if ids.is_floating_point() or ids.ndim != 2 or not ids.shape[1]:
+        raise BadInput(f"{TAKES}; found {ids.dtype} of shape {[*ids.shape]}")
+    return ids
 
 
 def _written(
     model: Callable[..., Any],
     input_ids: Tensor,
+    given: Mapping[str, Tensor],
     count: int,
     sampling: tuple[float, int, float],
     stop: Collection[int],
@@ -70,7 +113,7 @@ def _written(
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=where)
     last, past, tokens = input_ids[:, -1], None, input_ids
     for _ in range(count):
-        found = model(input_ids=tokens, **{PAST: past})
+        found = model(input_ids=tokens, **{PAST: past}, **given)
         past = found.past_key_values
         drawn = _next(found.logits[:, -1].float(), *sampling, generator)
         last = torch.where(ended, last, drawn)
@@ -97,7 +140,6 @@ def _next(
 
 def _check(
     io: Signature,
-    ids: object,
     count: int,
     temperature: float,
     top_k: int,
@@ -109,10 +151,6 @@ def _check(
             f"the program takes ({', '.join(map(str, io.tensors))}) and no cache, so that it "
             "cannot go on from one token to the next; compile the model with cache=True (--cache)"
         )
-    whole = isinstance(ids, Tensor) and not ids.is_floating_point()
-    if not whole or not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.shape[1]:
-        of = f"{ids.dtype} of shape {[*ids.shape]}" if isinstance(ids, Tensor) else repr(ids)[:60]
-        raise BadInput(f"input_ids are a tensor (batch, tokens) of ids, at least one; found {of}")
     if not isinstance(stop, Collection) or not all(isinstance(n, int) for n in stop):
         raise BadInput(f"stop is a list of token ids; found {stop!r}")
     wrong = [

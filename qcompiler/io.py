@@ -13,6 +13,22 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.errors import BadInput
 
+
+def zeros_at_left(mask: object, name: str) -> Tensor:
+    """How many zeros each row of a mask (batch, tokens) has at its left, where they all are."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        found = [*mask.shape] if isinstance(mask, Tensor) else type(mask).__name__
+        raise BadInput(f"{name} is a tensor (batch, tokens) of ones and zeros; found {found}")
+    seen = mask != 0
+    count = (~seen).sum(1)
+    if not torch.equal(seen, torch.arange(mask.shape[1], device=mask.device) >= count[:, None]):
+        raise BadInput(
+            f"{name} has zeros at the left of its rows alone; found others. Pad texts at the left "
+            "(padding_side='left')"
+        )
+    return count
+
+
 Dim = int | str
 """A fixed size, or the name of a dynamic dimension."""
 
@@ -59,6 +75,10 @@ class Signature:
     """Argument → the number that it may be filled with where it is left out: as measured at
     capture, the source then does the same (a mask of ones, token types of zeros)."""
 
+    counts: Mapping[str, str] = field(default_factory=dict)
+    """Mask (batch, tokens) that may be given → the argument that has, in its place, how many zeros
+    are at the left of each row."""
+
     @property
     def tensors(self) -> tuple[Port, ...]:
         return tuple(p for p in self.ports if p.is_tensor)
@@ -104,6 +124,8 @@ class Signature:
         keys = list(captured_kwargs.context)
         count = captured_args.num_children
         kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in self.optional}
+        for mask in self.counts.keys() & kwargs.keys():
+            kwargs[self.counts[mask]] = zeros_at_left(kwargs.pop(mask), mask)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if len(args) > len(self.names):
             raise BadInput(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor, fx
 
 from qcompiler.attention import LAYS_OUT, attentions
@@ -29,12 +30,22 @@ class Padding:
 
     def __init__(self, program: Program) -> None:
         self._at = None if (mask := mask_of(program)) is None else program.inputs.index(mask)
+        names = [n.name for n in program.inputs]
+        self._counted = [names.index(n) for n in program.io.counts.values() if n in names]
+        self._tokens = [i for i, n in enumerate(program.inputs) if _is_mask(n)]
 
     def counts(self, inputs: Flat) -> Tensor | None:
         """Which tokens of a batch count, bool (batch, tokens); None if all do, or none."""
-        if self._at is None:
+        if self._counted and self._tokens:
+            # At the left of all that there is, what went before included, of which there is none
+            # where data is seen.
+            padding, tokens = inputs[self._counted[0]], inputs[self._tokens[0]]
+            assert isinstance(padding, Tensor) and isinstance(tokens, Tensor)
+            value: object = (torch.arange(tokens.shape[1]) >= padding[:, None]).long()
+        elif self._at is None:
             return None
-        value = inputs[self._at]
+        else:
+            value = inputs[self._at]
         assert isinstance(value, Tensor)
         zeros = value == 0
         if not bool(((value == 1) | zeros).all()) or bool(zeros.all()) or not bool(zeros.any()):

@@ -46,6 +46,7 @@ class Progress:
 
 ROUNDED = 1e-5
 """An error that is more than float32's rounding of a weight."""
+RANDOM = "calibrated on random inputs; hand over data to see the real ranges"
 ON_THE_EDGE = (
     "That is about what float32 rounds off: write the map on the weight's edge (edit.new_param, "
     "edit.call, edit.extend), where it is exact and `fold` rounds once, or declare the pass lossy"
@@ -161,7 +162,7 @@ def _run_pass(
         )
     notes = (*full.notes, *apart(facts.by_tag, program.plan))
     if facts.synthetic:
-        notes = (*notes, "calibrated on random inputs; hand over data to see the real ranges")
+        notes = (*notes, RANDOM)
     metrics = {"error": full.verdict.error, **full.verdict.metrics}
     record = Step(
         name=step.name,

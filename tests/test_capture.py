@@ -371,3 +371,79 @@ def test_a_cache_that_grows() -> None:
     with pytest.raises(qcompiler.BadInput, match="values_0: float32"):
         ids, keys, values = inputs(5)
         program(ids, keys, [v[:, :, :3] for v in values])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "whisper"])
+def test_folders_bring_their_own_example(name: str, tmp_path: Path) -> None:
+    """A decoder without a mask, so that it can have a cache; encoders with what decoders read."""
+    import transformers
+
+    small = {
+        "gpt2": ("GPT2LMHeadModel", {"vocab_size": 60, "n_embd": 32, "n_layer": 1, "n_head": 2}),
+        "t5": (
+            "T5ForConditionalGeneration",
+            {
+                "vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1,
+                "num_heads": 2,
+            },
+        ),
+        "whisper": (
+            "WhisperForConditionalGeneration",
+            {
+                "vocab_size": 60, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+                "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48,
+                "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 20,
+                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                "decoder_start_token_id": 1,
+            },
+        ),
+    }  # fmt: skip
+    kind, sizes = small[name]
+    config = transformers.AutoConfig.for_model(name, **sizes)
+    config.architectures = [kind]
+    getattr(transformers, kind)(config).save_pretrained(tmp_path)
+    program = qcompiler.capture(tmp_path, cache=name == "gpt2")
+    names = [p.name for p in program.io.tensors]
+    wanted = {
+        "gpt2": ["input_ids", "past_key_values_0_0", "past_key_values_0_1"],
+        "t5": ["input_ids", "attention_mask", "decoder_input_ids"],
+        "whisper": ["input_features", "decoder_input_ids"],
+    }
+    assert names == wanted[name]
+
+
+class Recurrent(nn.Module):
+    """Layers that read a sequence step by step, and what reshapes their outputs."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layers = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+        more = {"proj_size": 4} if kind == "lstm" else {}
+        self.layer = layers[kind](6, 8, num_layers=2, batch_first=True, bidirectional=True, **more)
+        self.head = nn.Linear(4 if kind == "lstm" else 8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = self.layer(x)
+        y = y.reshape(y.shape[0], y.shape[1], 2, -1)
+        return self.head(y), state[0] if isinstance(state, tuple) else state
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_recurrent_layers_leave_lengths_open(kind: str) -> None:
+    model = Recurrent(kind).eval()
+    program = qcompiler.capture(model, torch.randn(3, 7, 6))
+    assert program.io.ports[0].shape == ("batch", "sequence", 6)
+    shapes = [n.meta["val"].shape for n in program.graph.output_node().all_input_nodes]
+    assert [[isinstance(d, int) for d in s] for s in shapes] == [
+        [False, False, True, True],
+        [True, False, True],
+    ]
+    passes = "canonicalize{optional=true},assign{weight=int8:channel head=same},quantize"
+    compiled = qcompiler.compile(model, torch.randn(3, 7, 6), passes=passes)
+    for batch, length in ((1, 1), (4, 20)):
+        x = torch.randn(batch, length, 6)
+        with torch.no_grad():
+            wanted = model(x)
+        for found, want in zip(program(x), wanted, strict=True):
+            torch.testing.assert_close(found, want)
+        assert relative_error(list(wanted), list(compiled(x))) < 0.02

@@ -20,6 +20,7 @@ from qcompiler.append import append
 from qcompiler.cli import main
 from qcompiler.errors import BadInput
 from qcompiler.generation import generate
+from qcompiler.padding import Padding
 from qcompiler.run import evaluate_wide
 from qcompiler.samples import random_inputs
 from qcompiler.states import begins_empty, growing, states
@@ -112,8 +113,13 @@ def test_the_module_is_left_as_it_was_and_names_are_its_own() -> None:
         }
     linears = [{i for i in p.by_id if "/linear#" in i} for p in (plain, cached)]
     assert linears[0] == linears[1] and linears[0]
-    with pytest.raises(BadInput, match="nothing besides"):
-        qcompiler.capture(module, {"input_ids": torch.rand(2, 5)}, cache=True)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for given, found in (
+        ({"input_ids": torch.rand(2, 5)}, r"found torch.float32\[2, 5\]"),
+        ({"input_ids": ids, "token_type_ids": ids}, r"found torch.int64\[2, 5\], token_type_ids"),
+    ):
+        with pytest.raises(BadInput, match=f"attention_mask; {found}"):
+            qcompiler.capture(module, given, cache=True)
     assert "forward" not in vars(module)
 
 
@@ -137,10 +143,10 @@ def test_refused_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="leave out `dynamic`"):
         qcompiler.capture(module, example, cache=True, dynamic=False)
     bert, inputs = zoo.build("bert")
-    with pytest.raises(BadInput, match="token ids"):
+    with pytest.raises(BadInput, match="argument of a decoder of transformers"):
         qcompiler.capture(bert, inputs, cache=True)
     cnn, picture = zoo.build("cnn")
-    with pytest.raises(BadInput, match="token ids"):
+    with pytest.raises(BadInput, match="argument of a decoder of transformers"):
         qcompiler.capture(cnn, picture, cache=True)
     plain = qcompiler.compile(module, example, passes="canonicalize", backend="reference")
     with pytest.raises(BadInput, match="cache=True"):
@@ -177,6 +183,77 @@ def test_greedy_is_what_transformers_writes() -> None:
         ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert torch.equal(found, want)
+
+
+@pytest.fixture(scope="module")
+def unequal() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Texts padded at the left, the mask that hides that, and the texts."""
+    ids = torch.randint(3, 40, (3, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :1] = 0, 0
+    ids[mask == 0] = 0
+    return ids, mask, [row[row_mask == 1] for row, row_mask in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_texts_of_unequal_length(
+    name: str, unequal: tuple[Tensor, Tensor, list[Tensor]], tmp_path: Path
+) -> None:
+    """As transformers writes them, and each as it is written alone."""
+    module, _ = zoo.build(name)
+    ids, mask, texts = unequal
+    example = {"input_ids": ids, "attention_mask": mask}
+    data = [example, {"input_ids": ids}]
+    made = qcompiler.compile(
+        module, example, passes="canonicalize{optional=true},smooth{optional=true}", data=data,
+        cache=True,
+    )  # fmt: skip
+    assert made.program.io.optional == {"past_key_values", "padding"}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = module.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(made.generate(ids, attention_mask=mask, count=6), want)
+    loaded = qcompiler.load(made.save(tmp_path / "out"))
+    found = loaded.generate([text.tolist() for text in texts], count=6)
+    assert torch.equal(found, want)
+    for text, row in zip(texts, want, strict=True):
+        assert torch.equal(made.generate(text[None], count=6)[0], row[-len(text) - 6 :])
+    whole = made(ids, attention_mask=mask).logits
+    alone = made(texts[0][None]).logits
+    torch.testing.assert_close(whole[:1, 4:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_of_no_padding(unequal: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    module, _ = zoo.build("llama")
+    ids, mask, _ = unequal
+    example = {"input_ids": ids, "attention_mask": mask}
+    program = qcompiler.capture(module, example, cache=True)
+    counts = Padding(program).counts(program.io.flatten((), example))
+    assert torch.equal(counts, mask == 1)
+    assert Padding(program).counts(program.io.flatten((), {"input_ids": ids})) is None
+
+
+def test_unequal_texts_that_cannot_be_written_say_why(
+    unequal: tuple[Tensor, Tensor, list[Tensor]],
+) -> None:
+    module, example = zoo.build("llama")
+    ids, mask, texts = unequal
+    plain = qcompiler.compile(module, example, passes="canonicalize", cache=True)
+    assert torch.equal(
+        plain.generate([texts[0], texts[0]], count=2)[0], plain.generate([texts[0]], count=2)[0]
+    )
+    for given, words in (
+        ((texts,), "example inputs that have an attention_mask"),
+        (([],), "or a list of texts of ids; found \\[\\]"),
+        (([[]],), "at least one.*of shape \\[1, 0\\]"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            plain.generate(*given)
+    with pytest.raises(BadInput, match="zeros at the left of its rows alone"):
+        plain.generate(ids, attention_mask=mask.flip(1))
+    with pytest.raises(BadInput, match="a row without a token"):
+        plain.generate(ids, attention_mask=mask * 0)
+    with pytest.raises(BadInput, match="has the shape of input_ids"):
+        qcompiler.capture(module, {"input_ids": ids, "attention_mask": mask[:, 1:]}, cache=True)
 
 
 def test_saved_and_loaded_it_writes_the_same(folder: Path) -> None:
@@ -230,7 +307,7 @@ def test_it_stops_when_each_row_has_ended() -> None:
     ):
         with pytest.raises(BadInput, match=words):
             list(written(**wrong))
-    with pytest.raises(BadInput, match="at least one; found torch"):
+    with pytest.raises(BadInput, match=r"at least one.*found torch"):
         list(
             generate(
                 Words(), SimpleNamespace(optional={"past_key_values"}), torch.zeros(1, 0).long()

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    "errors version hadamard layout append coded",
+    "errors version hadamard layout append coded recurrent",
     "spec formats allocate cores",
     "options observers keep ops ranges tagged seen timing",
     "io history program match",

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from qcompiler.capture.cached import AXES, cached, check_cached
+from qcompiler.capture.cached import AXES, cached, checked
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.module import export_module
 from qcompiler.errors import BadInput
@@ -119,11 +118,11 @@ def open_model(
 def _export(
     module: torch.nn.Module, source: Source, example: object, dynamic: Dynamic
 ) -> tuple[Program, Source, object]:
-    around = cached(module, example) if source.cache else nullcontext(example)
-    with around as inputs:
-        program = export_module(module, inputs, AXES if source.cache else dynamic)
-    if source.cache:
-        check_cached(program.io, module)
+    if not source.cache:
+        return export_module(module, example, dynamic), source, example
+    with cached(module, example) as inputs:
+        program = export_module(module, inputs, {name: AXES[name] for name in inputs})
+    program = checked(program, module)
     return program, source, inputs
 
 

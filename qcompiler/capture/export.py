@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qcompiler.errors import BadInput
+from qcompiler.recurrent import recurrent_shapes
 
 CALL = "The following call raised this error:"
 """What torch writes in front of the line of the model's own code."""
@@ -33,7 +34,7 @@ def export(
         names = list(inspect.signature(module.forward).parameters)[: len(args)]
         by_name = dict(zip(names, shapes[0], strict=True)) | shapes[1]  # type: ignore
     try:
-        with torch.no_grad(), _mask_as_given(module), _silence():
+        with torch.no_grad(), recurrent_shapes(), _mask_as_given(module), _silence():
             return torch.export.export(
                 module,
                 args,

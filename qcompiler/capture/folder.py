@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from qcompiler.capture.cached import writes
 from qcompiler.errors import BadInput, first_line
 
 SEQUENCE = 16
+FRAMES = 2
+"""Frames of a spectrum for each position of an encoder of speech."""
 """Length of the example text that a folder is captured with; the captured program takes any."""
 
 
@@ -83,19 +86,30 @@ def _example(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     config: Any = module.config
     main = getattr(module, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.randint(config.vocab_size, (2, length), generator=generator)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        dtype = next(module.parameters()).dtype
+        return torch.randn(2, *shape, generator=generator, dtype=dtype)
+
     if main == "input_ids":
-        ids = torch.randint(config.vocab_size, (2, SEQUENCE), generator=generator)
+        example = {main: ids(SEQUENCE)}
         # A decoder builds its own causal mask; an encoder needs to be told what is padding.
-        causal = "CausalLM" in type(module).__name__ or getattr(config, "is_decoder", False)
-        mask = {} if causal else {"attention_mask": torch.ones_like(ids)}
-        return {"input_ids": ids, **mask}
-    if main == "pixel_values":
+        if not writes(module) and not getattr(config, "is_decoder", False):
+            example["attention_mask"] = torch.ones_like(example[main])
+    elif main == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (2, config.num_channels, height, width)
-        return {
-            "pixel_values": torch.randn(
-                shape, generator=generator, dtype=next(module.parameters()).dtype
-            )
-        }
-    raise BadInput(f"the model's main input is {main!r}; hand over example_inputs for it")
+        example = {main: numbers(config.num_channels, height, width)}
+    elif main == "input_features" and hasattr(config, "max_source_positions"):
+        example = {main: numbers(config.num_mel_bins, FRAMES * config.max_source_positions)}
+    else:
+        raise BadInput(
+            f"the model's main input is {main!r}, of which config.json tells no shape; hand over "
+            "example_inputs in Python, or MODULE:FACTORY that returns (model, example inputs)"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        example["decoder_input_ids"] = ids(SEQUENCE // 2)
+    return example

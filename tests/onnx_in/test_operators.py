@@ -225,10 +225,23 @@ def test_recurrent_with_batch_first(tmp_path: Path) -> None:
     torch.testing.assert_close((hb, cb), (h.transpose(0, 1), c.transpose(0, 1)))
 
 
-def test_the_length_of_a_sequence_is_fixed_and_that_is_noted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [None, 3.0])
+def test_the_length_of_a_sequence_is_open_or_its_size_is_noted(
+    clip: float | None, tmp_path: Path
+) -> None:
+    """Open where torch has the layer; computed step by step, it stays what it was."""
     path = tmp_path / "open.onnx"
+    more = {} if clip is None else {"clip": clip}
     onnx.save(model("LSTM", ("t", "n", 5), [weight(1, 16, 5), weight(1, 16, 4)], 1, 14,
-                    hidden_size=4), path)  # fmt: skip
+                    hidden_size=4, **more), path)  # fmt: skip
     program = qcompiler.capture(path, torch.randn(6, 3, 5))
-    assert list(program.io.dims) == ["n"]
-    assert "t stays 6" in program.history[0].notes[0]
+    if clip is not None:
+        assert list(program.io.dims) == ["n"]
+        assert "t stays 6" in program.history[0].notes[0]
+        return
+    assert list(program.io.dims) == ["t", "n"] and not program.history[0].notes
+    session = ort.InferenceSession(path)
+    for length in (1, 9):
+        x = torch.randn(length, 2, 5)
+        (want,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(program.flat((x,))[0], torch.from_numpy(want))

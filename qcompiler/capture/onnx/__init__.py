@@ -28,6 +28,7 @@ from qcompiler.capture.onnx.trial import quiet, run_once
 from qcompiler.capture.onnx.types import to_array
 from qcompiler.errors import BadInput, first_line
 from qcompiler.program import Program
+from qcompiler.recurrent import recurrent_shapes
 
 BAKED = 64
 """Elements of the largest input whose values may be baked in as sizes."""
@@ -85,7 +86,7 @@ def _export(
     shapes = tuple({axis: torch.export.Dim.AUTO for axis in axes} for axes in open_)
     wide = {"inputs": shapes} if shapes else None
     try:
-        with preserve_node_meta(), torch.no_grad(), quiet():
+        with preserve_node_meta(), torch.no_grad(), recurrent_shapes(), quiet():
             return torch.export.export(module, example, dynamic_shapes=wide, strict=False)
     except (BadInput, NeedsValue):
         raise
