@@ -60,10 +60,12 @@ def export(
 def _onnx(artifact: str, output: Path, target: str, unsigned: bool) -> tuple[Result, str]:
     dialect = dialect_of(target, unsigned)  # wrong options fail before minutes of work
     from qcompiler.export.model import BYTES, to_model
+    from qcompiler.export.notes import notes
     from qcompiler.export.write import LIMIT, check_place, data_of, write_model
 
     check_place(output)
-    model = to_model(_open(artifact)[0], dialect)
+    program = _open(artifact)[0]
+    model = to_model(program, dialect)
     write_model(model, output)
     size = int(model.metadata_props[BYTES])
     result: Result = {
@@ -74,10 +76,10 @@ def _onnx(artifact: str, output: Path, target: str, unsigned: bool) -> tuple[Res
         "external_data": str(data_of(output)) if size > LIMIT else None,
         "inputs": [value.name for value in model.graph.inputs],
         "outputs": [value.name for value in model.graph.outputs],
+        "notes": list(found := notes(program, unsigned)),
     }
-    return result, (
-        f"written to {output}: target {target}, opset {result['opset']}, {size:,} bytes of weights"
-    )
+    line = f"target {target}, opset {result['opset']}, {size:,} bytes of weights"
+    return result, "\nnote: ".join([f"written to {output}: {line}", *found])
 
 
 def _files(artifact: str, output: Path, format_: str, source: Path | None) -> tuple[Result, str]:

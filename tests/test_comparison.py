@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import BadInput
+from qcompiler.compiled import check_artifact
+from qcompiler.errors import BackendError
+from qcompiler.registry import get_backend
 
 
 class Two(nn.Module):
@@ -41,3 +44,33 @@ def test_another_model() -> None:
     made = qcompiler.compile(Two(), torch.randn(4, 16), passes=passes, backend="reference")
     with pytest.raises(BadInput, match="returns 2 tensors, the other one 1"):
         made.compare(nn.Linear(16, 8), torch.randn(4, 16))
+
+
+class Edgy(nn.Module):
+    """A last digit of its input decides much: rounding turns one way or the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.frac(x * 1e4)
+
+
+class Off:
+    """An artifact whose numbers are off by so much."""
+
+    def __init__(self, program: qcompiler.Program, by: float) -> None:
+        self.program, self.by = program, by
+
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
+        return self.program.flat(tuple(x * (1 + self.by) for x in inputs))
+
+
+def test_an_artifact_may_be_as_far_off_as_last_digits_make_the_program() -> None:
+    """A file that was quantized before has no float program that could tell."""
+    inputs = (torch.rand(64, 16, generator=torch.Generator().manual_seed(0)),)
+    program = qcompiler.capture(Edgy(), inputs)
+    backend = get_backend("reference")
+    check_artifact(program, Off(program, 2e-6), backend, program, inputs)
+    with pytest.raises(BackendError, match="differs from the reference program by"):
+        check_artifact(program, Off(program, 1e-2), backend, program, inputs)
+    steady = qcompiler.capture(nn.Sequential(nn.Linear(16, 4)), inputs)
+    with pytest.raises(BackendError, match="differs"):
+        check_artifact(steady, Off(steady, 1e-3), backend, steady, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from qcompiler import ops
+from qcompiler.attention import LAYS_OUT
 from qcompiler.backends.onnxruntime import capabilities as names
 from qcompiler.backends.onnxruntime import kernels
 from qcompiler.backends.onnxruntime.layout import Plane, block_of, planes
@@ -22,6 +23,8 @@ from qcompiler.formats import QFormat, Scheme
 from qcompiler.sites import Site
 
 aten = torch.ops.aten
+MOVED = LAYS_OUT | {aten.relu.default, aten.max_pool2d.default, aten.slice.Tensor}
+"""Operators that may as well be computed on codes."""
 
 
 class OnnxRuntimeDialect(Dialect):
@@ -156,13 +159,20 @@ def _keep_floating(draft: Draft, site: Site, fmt: QFormat | None) -> None:
     ONNX Runtime rounds it to int8, with one scale for all of it, where the product stands between
     DequantizeLinear and QuantizeLinear; so the input's rounding is written in plain operators.
     """
-    readers = [u for user in site.node.users for u in (user, *user.users)]
-    static = any((f := format_of(u)) is not None and not f.dynamic for u in readers)
+    static = any((f := format_of(u)) is not None and not f.dynamic for u in _behind(site.node))
     if site.x is None or fmt is None or fmt.dynamic or not static:
         return
     assert site.kind.x is not None
     spelled = draft.call(site.node, ops.fake_quantize, *site.x.args)
     site.node.update_arg(site.kind.x, spelled)
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads `node`, also behind what ONNX Runtime lets a rounding change places with."""
+    for user in node.users:
+        yield user
+        if user.target in MOVED:
+            yield from _behind(user)
 
 
 def _bias_fits(draft: Draft, site: Site, weight: Weight) -> bool:

@@ -14,7 +14,7 @@ from qcompiler.backends.onnxruntime.probe import saturates, session_options
 from qcompiler.errors import BackendError, first_line
 from qcompiler.export.artifact import FileArtifact
 from qcompiler.export.model import BYTES, KERNELS
-from qcompiler.formats import QFormat
+from qcompiler.export.notes import bits_of
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import sites
@@ -58,8 +58,4 @@ class OnnxArtifact(FileArtifact):
 
 def _has_eight_bits(program: Program) -> bool:
     """Whether a product has weights of 8 bits: 255 · 64 · 2, with less, stays within 16 bits."""
-    weights = {n for s in sites(program.nodes) for n in (s.weight, *s.weight.all_input_nodes)}
-    return any(
-        n.target is torch.ops.qc.dequantize.default and QFormat.parse(str(n.args[3])).bits >= 8
-        for n in weights
-    )
+    return any(bits_of(site) >= 8 for site in sites(program.nodes))

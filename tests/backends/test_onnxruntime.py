@@ -11,6 +11,7 @@ import torch
 import qcompiler
 from qcompiler.check import relative_error
 from qcompiler.formats import QFormat, Scheme
+from qcompiler.registry import get_backend
 
 pytest.importorskip("onnxruntime")
 from qcompiler.backends.onnxruntime import capabilities as names
@@ -49,7 +50,7 @@ def test_rounded_groups_are_multiplied_in_integers(weight: str) -> None:
         pytest.skip("this CPU's kernel rounds otherwise")
     passes = GROUPS.replace("int4:group32", weight).replace("int8:group32", f"int8:group{group}")
     made = compiled(passes)
-    assert set(made.artifact.kernels.values()) == {names.NBITS_INT8}
+    assert set(made.kernels.values()) == {names.NBITS_INT8}
     x = torch.randn(7, 64)
     assert relative_error(made.program.flat((x,)), made.artifact.run((x,))) < 1e-5
 
@@ -123,4 +124,34 @@ def test_a_program_runs_by_the_kernel_that_was_chosen(monkeypatch: pytest.Monkey
     (words,) = made.artifact.kernels.values()
     assert words.startswith(f"{names.DEQUANTIZED}, 9.0 × as fast here as {names.NBITS}")
     x = torch.randn(3, 256)
+    assert relative_error(made.program.flat((x,)), made.artifact.run((x,))) < 1e-5
+
+
+class Patches(torch.nn.Module):
+    """Pieces of an image as tokens: what is rounded next comes behind a reshape and a transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = torch.nn.Conv2d(3, 16, 4, 4)
+        self.mix = torch.nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.mix(self.cut(x).flatten(2).transpose(1, 2))
+        return y
+
+
+def test_a_weight_that_stays_float_is_not_rounded_by_the_runtime() -> None:
+    """It would have one scale for all, where a product stands between roundings, also behind what
+    only lays out."""
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 3, 16, 16), Patches()
+    with torch.no_grad():
+        model.cut.weight[0] *= 20
+    passes = (
+        "canonicalize{optional=true},"
+        "assign{weight=int8:channel activation=int8:tensor:asym head=same},quantize"
+    )
+    backend = get_backend("onnxruntime").only(names.CONV, names.DEQUANTIZED)
+    made = qcompiler.compile(model, x, passes=passes, backend=backend, data=[x])
+    assert made.kernels["cut/conv2d#0"] == names.CONV
     assert relative_error(made.program.flat((x,)), made.artifact.run((x,))) < 1e-5

@@ -145,3 +145,20 @@ def test_artifacts_come_back(backend: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(x[:3]), compiled.program(x[:3]), rtol=1e-5, atol=1e-5)
     again.save(tmp_path / "out")  # over the file that it runs from
     torch.testing.assert_close(again(x[:2]), compiled(x[:2]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [("w8a8-dynamic", "--unsigned"), ("w8a16", "matmulnbits_accuracy_level"), ("w4a8", "")],
+)
+def test_export_says_what_runtimes_make_of_the_file(
+    recipe: str, words: str, tmp_path: Path
+) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+    made = qcompiler.compile(model, torch.randn(4, 64), recipe=recipe)
+    folder, file = made.save(tmp_path / "out"), tmp_path / "model.onnx"
+    shown = CliRunner().invoke(main, ["export", str(folder), "-o", str(file)]).output
+    assert shown.count("note: ") == bool(words) and words in shown
+    given = ["export", str(folder), "-o", str(tmp_path / "u.onnx"), "--unsigned", "--json"]
+    notes = json.loads(CliRunner().invoke(main, given).stdout)["notes"]
+    assert len(notes) == ("matmulnbits" in words)
