@@ -148,14 +148,19 @@ def test_artifacts_come_back(backend: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words"),
-    [("w8a8-dynamic", "--unsigned"), ("w8a16", "matmulnbits_accuracy_level"), ("w4a8", "")],
+    ("formats", "words"),
+    [
+        ("weight=int8:channel activation=int8:token:dynamic", "--unsigned"),
+        ("weight=int8:channel", "matmulnbits_accuracy_level"),
+        ("weight=int4:group32 activation=int8:token:dynamic", ""),
+    ],
 )
 def test_export_says_what_runtimes_make_of_the_file(
-    recipe: str, words: str, tmp_path: Path
+    formats: str, words: str, tmp_path: Path
 ) -> None:
-    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
-    made = qcompiler.compile(model, torch.randn(4, 64), recipe=recipe)
+    model = torch.nn.Linear(64, 64)
+    passes = f"assign{{{formats} head=same}},quantize"
+    made = qcompiler.compile(model, torch.randn(4, 64), passes=passes)
     folder, file = made.save(tmp_path / "out"), tmp_path / "model.onnx"
     shown = CliRunner().invoke(main, ["export", str(folder), "-o", str(file)]).output
     assert shown.count("note: ") == bool(words) and words in shown
