@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import BadInput
-from qcompiler.compiled import check_artifact
+from qcompiler.agreement import check_artifact
 from qcompiler.errors import BackendError
 from qcompiler.registry import get_backend
 

@@ -28,6 +28,7 @@ LAYERS = (
     "passbase",
     "order",
     "backend pipeline lowering gather",
+    "agreement",
     "registry",
     "recipe codec capture export skeleton rounded",
     "show.account show.page store",
