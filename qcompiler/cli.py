@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ from qcompiler.errors import BadInput, QCompilerError
 from qcompiler.evaluate import compare, perplexity, race
 from qcompiler.indices import check_indices
 from qcompiler.keep import write_whole
+from qcompiler.pipeline import RANDOM
 from qcompiler.planning.file import read_plan
 from qcompiler.planning.front import BEFORE
 from qcompiler.program import Program
@@ -118,7 +120,7 @@ def compile_(
     if work.is_dir() and not json_:
         err.print(f"going on from what a run before has left in {work}", highlight=False)
     with progress(json_) as watch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # told below
+        warnings.filterwarnings("ignore", f".*{re.escape(RANDOM)}")  # told below
         compiled = compile_model(
             model, passes=passes, plan=plan, backend=backend, data=feed,
             cache=cache_format or cache, watch=watch, work=work,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,6 +159,18 @@ def _decode_scheme(raw: Json) -> Scheme:
     return Scheme(**{name: QFormat.parse(text) if text else None for name, text in raw.items()})
 
 
+def _dumped(spec: pytree.TreeSpec, what: str) -> str:
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError as error:
+        found = re.search(r"<class '([^']+)'>", str(error))
+        raise BadInput(
+            f"the model {what} {found[1] if found else 'a class of its own'}, which an artifact "
+            "cannot be written with; let it be a tuple or a dict, or name the class for torch "
+            "(torch.utils._pytree._register_namedtuple)"
+        ) from error
+
+
 def _encode_io(io: Signature) -> Json:
     specs = [io.in_spec, io.out_spec]
     return {
@@ -172,14 +185,15 @@ def _encode_io(io: Signature) -> Json:
             }
             for p in io.ports
         ],
-        "in_spec": pytree.treespec_dumps(io.in_spec),
-        "out_spec": pytree.treespec_dumps(io.out_spec),
+        "in_spec": _dumped(io.in_spec, "takes"),
+        "out_spec": _dumped(io.out_spec, "returns"),
         "modules": sorted({m for s in specs for m in _modules(s)}),
         "names": list(io.names),
         "dims": {k: list(v) for k, v in io.dims.items()},
         "steps": dict(io.steps),
         "fills": dict(io.fills),
-        "counts": dict(io.counts),
+        "counts": {k: list(v) for k, v in io.counts.items()},
+        "required": sorted(io.required),
     }
 
 
@@ -210,7 +224,8 @@ def _decode_io(raw: Json) -> Signature:
         {k: (v[0], v[1]) for k, v in raw["dims"].items()},
         raw.get("steps", {}),
         raw.get("fills", {}),
-        raw.get("counts", {}),
+        {k: tuple(v) for k, v in raw.get("counts", {}).items()},
+        frozenset(raw.get("required", ())),
     )
 
 

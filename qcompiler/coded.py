@@ -51,7 +51,8 @@ class Coded(Tensor):
         given = dict(enumerate(args)) | kwargs
         for place, argument in enumerate(func._schema.arguments):
             value = given.get(place, given.get(argument.name))
-            if isinstance(value, Coded) and argument.alias_info and argument.alias_info.is_write:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and any(isinstance(v, Coded) for v in pytree.tree_leaves(value)):
                 raise BadInput(READ_ONLY)
         args, kwargs = pytree.tree_map_only(Coded, numbers, (args, kwargs))
         return func(*args, **kwargs)

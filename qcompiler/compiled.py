@@ -122,6 +122,12 @@ class Compiled:
             )
         return as_module(self.lowered.program)
 
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise BadInput(
+            "a compiled model is not pickled or copied: save it (.save) and open it where it is "
+            "wanted (qcompiler.load); threads may share one"
+        )
+
     def diff(self) -> Account:
         """What each pass did, why, what it cost, what it skipped; prints as a table."""
         return Account(self.history)

@@ -36,6 +36,8 @@ class BackendError(QCompilerError):
 def first_line(error: BaseException, lines: int = 1) -> str:
     """The beginning of an error's text, at most 300 characters; other libraries append pages."""
     words = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(words) > 1 and words[0].endswith(":"):  # where it was, not what
+        del words[0]
     return " ".join(words[:lines])[:300] or type(error).__name__
 
 

@@ -79,11 +79,20 @@ def padded(input_ids: object, attention_mask: Tensor | None = None) -> tuple[Ten
     """Token ids (batch, tokens) and how many at the left of each row are none, if that is told."""
     if isinstance(input_ids, Tensor):
         ids = _ids(input_ids)
-        return ids, None if attention_mask is None else zeros_at_left(attention_mask, MASK)
+        if attention_mask is None:
+            return ids, None
+        padding = zeros_at_left(attention_mask, MASK)
+        if attention_mask.shape != ids.shape:
+            found = [*attention_mask.shape]
+            raise BadInput(f"{MASK} has the shape of input_ids, {[*ids.shape]}; found {found}")
+        return ids, padding
     if not isinstance(input_ids, Sequence) or not input_ids or attention_mask is not None:
         what = "texts of ids without attention_mask" if attention_mask is not None else ""
         raise BadInput(f"{TAKES}; found {what or repr(input_ids)[:60]}")
-    rows = [_ids(torch.as_tensor(row)[None])[0] for row in input_ids]
+    try:
+        rows = [_ids(torch.as_tensor(row)[None])[0] for row in input_ids]
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch says of other things
+        raise BadInput(f"{TAKES}; found {repr(input_ids)[:60]}") from error
     longest = max(map(len, rows))
     counts = [longest - len(row) for row in rows]
     ids = torch.stack(

@@ -75,9 +75,12 @@ class Signature:
     """Argument → the number that it may be filled with where it is left out: as measured at
     capture, the source then does the same (a mask of ones, token types of zeros)."""
 
-    counts: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Mask (batch, tokens) that may be given → the argument that has, in its place, how many zeros
-    are at the left of each row."""
+    are at the left of each row, and the dimensions whose sizes together are its tokens."""
+
+    required: frozenset[str] = frozenset()
+    """Constants that a call names: without them the source would take its own default, another."""
 
     @property
     def tensors(self) -> tuple[Port, ...]:
@@ -107,7 +110,9 @@ class Signature:
         Arguments may be given by position or by name, whichever way the model was captured;
         constants that were baked in may be left out, and what may be empty, which then is.
         """
-        flat = self._arrange(args, dict(kwargs))
+        named = dict(kwargs)
+        masks = self._count(named) if self.counts else {}
+        flat = self._arrange(args, named)
         sizes: dict[str, int] = {}
         for port, value in zip(self.ports, flat, strict=True):
             if port.is_tensor:
@@ -117,15 +122,34 @@ class Signature:
                     f"input {port.name!r} was {port.constant!r} at capture and is baked in; "
                     f"found {value!r}. Capture again with that value"
                 )
+        for name, length in masks.items():
+            _, *dims = self.counts[name]
+            tokens = sum(sizes[d] for d in dims)
+            if length != tokens:
+                raise BadInput(
+                    f"{name} is (batch, {' + '.join(dims)}), {tokens} tokens here; found {length}"
+                )
         return tuple(flat)
+
+    def _count(self, kwargs: dict[str, object]) -> dict[str, int]:
+        """Puts counts in the place of masks; how many tokens each mask has."""
+        lengths: dict[str, int] = {}
+        for name, (argument, *_) in self.counts.items():
+            mask = kwargs.pop(name, None)
+            if mask is None:
+                continue
+            if kwargs.get(argument) is not None:
+                raise BadInput(f"give {name} or {argument}, not both")
+            kwargs[argument] = zeros_at_left(mask, name)
+            assert isinstance(mask, Tensor)
+            lengths[name] = mask.shape[1]
+        return lengths
 
     def _arrange(self, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
         captured_args, captured_kwargs = self.in_spec.children()
         keys = list(captured_kwargs.context)
         count = captured_args.num_children
         kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in self.optional}
-        for mask in self.counts.keys() & kwargs.keys():
-            kwargs[self.counts[mask]] = zeros_at_left(kwargs.pop(mask), mask)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if len(args) > len(self.names):
             raise BadInput(
@@ -134,6 +158,12 @@ class Signature:
         wanted = [*self.names[:count], *keys]
         baked = {p.name: p.constant for p in self.ports if not p.is_tensor}
         left_out = [n for n in wanted if n not in given and n not in baked]
+        if forgotten := [n for n in self.required if n not in given]:
+            values = ", ".join(f"{n}={baked[n]!r}" for n in sorted(forgotten))
+            raise BadInput(
+                f"the program was captured with {values}, and the model's own default is another; "
+                f"call it with {values}, or capture it again"
+            )
         missing = [n for n in left_out if n not in self.optional]
         extra = [n for n in given if n not in wanted and given[n] is not None]
         if missing or extra:
@@ -172,13 +202,15 @@ class Signature:
 
     def _nothing(self, name: str, given: Mapping[str, object]) -> object:
         """Empty or filled tensors for an argument; other sizes are those of what is given."""
-        sizes = {d: low for d, (low, _) in self.dims.items()}
-        for other in given.keys() & self._arguments.keys():
+        lowest = {d: low for d, (low, _) in self.dims.items()}
+        sizes: dict[str, int] = {}
+        for other in (n for n in self._arguments if n in given):  # the first says what it is
             leaves = pytree.tree_leaves(given[other])
             for port, leaf in zip(self._arguments[other][1], leaves, strict=False):
                 shape = leaf.shape if isinstance(leaf, Tensor) else ()
                 found = zip(port.shape, shape, strict=False)
-                sizes |= {d: n for d, n in found if isinstance(d, str) and sizes[d]}
+                sizes = {d: n for d, n in found if isinstance(d, str) and lowest[d]} | sizes
+        sizes = lowest | sizes
         spec, ports = self._arguments[name]
         shapes = ([sizes[d] if isinstance(d, str) else d for d in p.shape] for p in ports)
         fill = self.fills.get(name, 0)

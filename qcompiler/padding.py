@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.attention import LAYS_OUT, attentions
+from qcompiler.io import Signature
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import site_of
@@ -30,18 +31,12 @@ class Padding:
 
     def __init__(self, program: Program) -> None:
         self._at = None if (mask := mask_of(program)) is None else program.inputs.index(mask)
-        names = [n.name for n in program.inputs]
-        self._counted = [names.index(n) for n in program.io.counts.values() if n in names]
-        self._tokens = [i for i, n in enumerate(program.inputs) if _is_mask(n)]
+        self._io = program.io
 
     def counts(self, inputs: Flat) -> Tensor | None:
         """Which tokens of a batch count, bool (batch, tokens); None if all do, or none."""
-        if self._counted and self._tokens:
-            # At the left of all that there is, what went before included, of which there is none
-            # where data is seen.
-            padding, tokens = inputs[self._counted[0]], inputs[self._tokens[0]]
-            assert isinstance(padding, Tensor) and isinstance(tokens, Tensor)
-            value: object = (torch.arange(tokens.shape[1]) >= padding[:, None]).long()
+        if self._io.counts:
+            value: object = _not_padding(self._io, inputs)
         elif self._at is None:
             return None
         else:
@@ -57,6 +52,21 @@ class Padding:
         counts = self.counts(inputs)
         found = (rows(y, counts) if isinstance(y, Tensor) else y for y in outputs)
         return tuple(found)  # type: ignore[arg-type]  # a tensor stays one
+
+
+def _not_padding(io: Signature, inputs: Flat) -> Tensor:
+    """Ones for the tokens that are none of the padding, which is counted from the first of all."""
+    ((argument, *before, last),) = io.counts.values()
+    values = dict(zip((p.name for p in io.ports), inputs, strict=True))
+    sizes = {
+        d: n
+        for port in io.tensors
+        for d, n in zip(port.shape, values[port.name].shape, strict=True)  # type: ignore[attr-defined]
+    }
+    padding, past = values[argument], sum(sizes[d] for d in before)
+    assert isinstance(padding, Tensor)
+    place = torch.arange(past, past + sizes[last], device=padding.device)
+    return (place >= padding[:, None]).long()
 
 
 def rows(value: Tensor, counts: Tensor | None) -> Tensor:

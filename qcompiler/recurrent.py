@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._subclasses.fake_tensor import FakeTensor
 
 aten = torch.ops.aten
 KEY = DispatchKey.CompositeImplicitAutograd
@@ -48,17 +51,33 @@ SHAPES: dict[Any, Any] = {
 
 @contextmanager
 def recurrent_shapes() -> Iterator[None]:
-    """While this lasts, torch finds shapes of recurrent layers so."""
-    was = {operator: operator.py_kernels.get(KEY) for operator in SHAPES}
+    """While this lasts, torch finds shapes of recurrent layers so, in this thread."""
+    with _lock:
+        if not _inside:
+            _kernels.update({operator: operator.py_kernels[KEY] for operator in SHAPES})
+            for operator in SHAPES:
+                operator.py_kernels[KEY] = partial(_either, operator)
+                operator._dispatch_cache.clear()
+        _inside.append(get_ident())
     try:
-        for operator, shape in SHAPES.items():
-            operator.py_kernels[KEY] = shape
-            operator._dispatch_cache.clear()
         yield
     finally:
-        for operator, kernel in was.items():
-            if kernel is None:
-                del operator.py_kernels[KEY]
-            else:
-                operator.py_kernels[KEY] = kernel
-            operator._dispatch_cache.clear()
+        with _lock:
+            _inside.remove(get_ident())
+            if not _inside:
+                for operator, kernel in _kernels.items():
+                    operator.py_kernels[KEY] = kernel
+                    operator._dispatch_cache.clear()
+
+
+_lock = Lock()
+_inside: list[int] = []
+"""Threads that are within."""
+_kernels: dict[Any, Any] = {}
+"""What torch has for each operator."""
+
+
+def _either(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """The shape in a thread that wants it, else what torch does: its numbers, maybe."""
+    inside = get_ident() in _inside and isinstance(args[0], FakeTensor)
+    return (SHAPES[operator] if inside else _kernels[operator])(*args, **kwargs)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -14,7 +18,10 @@ from torch.utils import _pytree as pytree
 import qcompiler
 from qcompiler import BadInput, Program
 from qcompiler.check import relative_error
+from qcompiler.codec import decode_program, encode_program
+from qcompiler.errors import BackendError
 from qcompiler.io import as_call
+from qcompiler.recurrent import KEY, recurrent_shapes
 
 Captured = Callable[..., tuple[nn.Module, object, Program]]
 
@@ -373,7 +380,7 @@ def test_a_cache_that_grows() -> None:
         program(ids, keys, [v[:, :, :3] for v in values])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "whisper"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "bart"])
 def test_folders_bring_their_own_example(name: str, tmp_path: Path) -> None:
     """A decoder without a mask, so that it can have a cache; encoders with what decoders read."""
     import transformers
@@ -398,6 +405,15 @@ def test_folders_bring_their_own_example(name: str, tmp_path: Path) -> None:
             },
         ),
     }  # fmt: skip
+    small["bart"] = (  # it makes the decoder's input itself
+        "BartForSequenceClassification",
+        {
+            "vocab_size": 60, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+            "decoder_start_token_id": 1, "max_position_embeddings": 64,
+        },
+    )  # fmt: skip
     kind, sizes = small[name]
     config = transformers.AutoConfig.for_model(name, **sizes)
     config.architectures = [kind]
@@ -408,6 +424,7 @@ def test_folders_bring_their_own_example(name: str, tmp_path: Path) -> None:
         "gpt2": ["input_ids", "past_key_values_0_0", "past_key_values_0_1"],
         "t5": ["input_ids", "attention_mask", "decoder_input_ids"],
         "whisper": ["input_features", "decoder_input_ids"],
+        "bart": ["input_ids", "attention_mask"],
     }
     assert names == wanted[name]
 
@@ -429,7 +446,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
-def test_recurrent_layers_leave_lengths_open(kind: str) -> None:
+def test_recurrent_layers_leave_lengths_open(kind: str, tmp_path: Path) -> None:
     model = Recurrent(kind).eval()
     program = qcompiler.capture(model, torch.randn(3, 7, 6))
     assert program.io.ports[0].shape == ("batch", "sequence", 6)
@@ -440,6 +457,8 @@ def test_recurrent_layers_leave_lengths_open(kind: str) -> None:
     ]
     passes = "canonicalize{optional=true},assign{weight=int8:channel head=same},quantize"
     compiled = qcompiler.compile(model, torch.randn(3, 7, 6), passes=passes)
+    with pytest.raises(BackendError, match=f"{kind}.* any length.* a fixed length .dynamic=False"):
+        compiled.export(tmp_path / "model.onnx")
     for batch, length in ((1, 1), (4, 20)):
         x = torch.randn(batch, length, 6)
         with torch.no_grad():
@@ -447,3 +466,78 @@ def test_recurrent_layers_leave_lengths_open(kind: str) -> None:
         for found, want in zip(program(x), wanted, strict=True):
             torch.testing.assert_close(found, want)
         assert relative_error(list(wanted), list(compiled(x))) < 0.02
+
+
+def test_shapes_without_steps_are_for_the_capture_alone() -> None:
+    """Captures overlap, also in other threads, and leave torch as it was."""
+    operator = torch.ops.aten.lstm.input
+    was = operator.py_kernels[KEY]
+    first, second, third = Event(), Event(), Event()
+
+    def other() -> None:
+        with recurrent_shapes():
+            first.set()
+            assert second.wait(60)
+        third.set()
+
+    model = nn.LSTM(4, 5)
+    x = torch.randn(3, 2, 4)
+    thread = Thread(target=other)
+    thread.start()
+    assert first.wait(60)
+    exported = torch.export.export(model, (x,)).run_decompositions()
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(x)[0], model(x)[0])
+    with recurrent_shapes():
+        second.set()
+        assert third.wait(60)
+        assert operator.py_kernels[KEY] is not was
+    thread.join()
+    assert operator.py_kernels[KEY] is was
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, scale: float = 1.0, shift: float | None = None) -> Tensor:
+        return self.layer(x) * scale + (shift or 0.0)
+
+
+def test_a_constant_that_is_not_the_default_is_named_in_a_call() -> None:
+    model, x = Scaled(), torch.randn(3, 8)
+    program = qcompiler.capture(model, {"x": x, "scale": 2.0, "shift": 1.0})
+    torch.testing.assert_close(program(x, scale=2.0), model(x, 2.0, 1.0))
+    with pytest.raises(BadInput, match=r"captured with scale=2\.0, .* call it with scale=2\.0"):
+        program(x)
+    again = decode_program(encode_program(program), program.params)
+    with pytest.raises(BadInput, match=r"captured with scale=2\.0"):
+        again(x)
+    plain = qcompiler.capture(model, {"x": x, "scale": 1.0})
+    torch.testing.assert_close(plain(x), model(x))
+
+
+Found = namedtuple("Found", "boxes scores")
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes, self.scores = nn.Linear(8, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Found:
+        return Found(self.boxes(x), self.scores(x))
+
+
+def test_what_cannot_be_saved_or_copied_says_so(tmp_path: Path) -> None:
+    compiled = qcompiler.compile(
+        Detector(), torch.randn(3, 8), passes="canonicalize{optional=true}"
+    )
+    assert compiled(torch.randn(2, 8)).scores.shape == (2, 2)
+    with pytest.raises(BadInput, match=r"the model returns .*Found, .* a tuple or a dict"):
+        compiled.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(BadInput, match="save it"):
+            copied(compiled)

@@ -50,7 +50,7 @@ class Edgy(nn.Module):
     """A last digit of its input decides much: rounding turns one way or the other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.frac(x * 1e4)
+        return torch.frac(x * 1e3)
 
 
 class Off:
@@ -74,3 +74,16 @@ def test_an_artifact_may_be_as_far_off_as_last_digits_make_the_program() -> None
     steady = qcompiler.capture(nn.Sequential(nn.Linear(16, 4)), inputs)
     with pytest.raises(BackendError, match="differs"):
         check_artifact(steady, Off(steady, 1e-3), backend, steady, inputs)
+
+
+class Bounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sqrt(1 - x)
+
+
+def test_a_program_that_fails_beside_its_inputs_excuses_nothing() -> None:
+    inputs = (torch.ones(8, 4),)
+    program = qcompiler.capture(Bounded(), inputs)
+    backend = get_backend("reference")
+    with pytest.raises(BackendError, match="differs"):
+        check_artifact(program, Off(program, -0.5), backend, program, inputs)

@@ -217,7 +217,21 @@ def test_texts_of_unequal_length(
     assert torch.equal(found, want)
     for text, row in zip(texts, want, strict=True):
         assert torch.equal(made.generate(text[None], count=6)[0], row[-len(text) - 6 :])
+    for wrong, words in (
+        ({"attention_mask": mask[:, 2:]}, r"past \+ sequence\), 9 tokens here; found 7"),
+        ({"attention_mask": mask[:1]}, r"padding: int64\[batch\] does not take shape \[1\]"),
+        ({"attention_mask": mask, "padding": mask.sum(1)}, "attention_mask or padding, not both"),
+        ({"attention_mask": 3}, "tensor .batch, tokens. of ones and zeros; found int"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            made(ids, **wrong)
+    with pytest.raises(BadInput, match="the shape of input_ids"):
+        made.generate(ids, attention_mask=mask[:, 3:])
+    assert torch.equal(made(ids, attention_mask=None).logits, made(ids).logits)
+    first = made(ids[:, :6], attention_mask=mask[:, :6])
+    then = made(ids[:, 6:], past_key_values=first.past_key_values, attention_mask=mask)
     whole = made(ids, attention_mask=mask).logits
+    torch.testing.assert_close(then.logits, whole[:, 6:], rtol=1e-4, atol=1e-5)
     alone = made(texts[0][None]).logits
     torch.testing.assert_close(whole[:1, 4:], alone, rtol=1e-4, atol=1e-5)
 
@@ -230,6 +244,10 @@ def test_statistics_are_of_no_padding(unequal: tuple[Tensor, Tensor, list[Tensor
     counts = Padding(program).counts(program.io.flatten((), example))
     assert torch.equal(counts, mask == 1)
     assert Padding(program).counts(program.io.flatten((), {"input_ids": ids})) is None
+    past = program(ids[:, :3], attention_mask=mask[:, :3]).past_key_values
+    more = {"input_ids": ids[:, 3:], "attention_mask": mask, "past_key_values": past}
+    counts = Padding(program).counts(program.io.flatten((), more))
+    assert torch.equal(counts, mask[:, 3:] == 1)
 
 
 def test_unequal_texts_that_cannot_be_written_say_why(
@@ -244,6 +262,7 @@ def test_unequal_texts_that_cannot_be_written_say_why(
     for given, words in (
         ((texts,), "example inputs that have an attention_mask"),
         (([],), "or a list of texts of ids; found \\[\\]"),
+        ((["ab"],), r"a list of texts of ids; found \['ab'\]"),
         (([[]],), "at least one.*of shape \\[1, 0\\]"),
     ):
         with pytest.raises(BadInput, match=words):

@@ -10,7 +10,7 @@ from qcompiler.backends.cpu.calls import by_rows, scratch
 from qcompiler.backends.cpu.codegen.isa import host
 from qcompiler.backends.cpu.codegen.layout import CHUNK
 from qcompiler.backends.cpu.codegen.rows import Rounding, rows
-from qcompiler.coded import Coded
+from qcompiler.coded import Coded, numbers
 from qcompiler.ops import fake_quantize
 
 FORMAT = "int8:token:dynamic"
@@ -23,6 +23,8 @@ def append_rows(past: Tensor, new: Tensor, axis: int) -> Tensor:
 
     Coded if `past` is, or is empty; numbers that were handed in stay what they are.
     """
+    if isinstance(past, Coded) and past.codes.dtype != torch.int8:
+        past = numbers(past)
     if not isinstance(past, Coded):
         if past.shape[axis]:
             return append(past, fake_quantize(new, FORMAT), axis)

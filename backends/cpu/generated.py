@@ -168,10 +168,15 @@ def attend(
     batch, heads, tokens, width = q.shape
     plain = not causal and (mask is None or mask.dtype == torch.bool)
     plain = plain and all(p.dtype == torch.float32 and p.shape[0] == batch for p in (q, k, v))
+    plain = plain and heads % k.shape[1] == 0
     if tokens > FEW or not plain or width % host().lanes or not k.shape[2]:
         return attend_many(q, numbers(k), numbers(v), mask, scale, causal)
     y = torch.empty(batch, tokens, heads, width).transpose(1, 2)
-    if isinstance(k, Coded) and isinstance(v, Coded):
+    if (
+        isinstance(k, Coded)
+        and isinstance(v, Coded)
+        and k.codes.dtype == v.codes.dtype == torch.int8
+    ):
         AttendCall(q, k.codes, v.codes, y, mask, scale, scratch, (k.scales, v.scales))()
     else:
         AttendCall(q, numbers(k), numbers(v), y, mask, scale, scratch)()

@@ -18,7 +18,7 @@ def attend_many(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
     """torch's attention of q (batch, heads, tokens, d) over k and v (batch, groups, keys, d)."""
-    grouped = q.shape[1] != k.shape[1]
+    grouped = q.shape[1] > k.shape[1]
     tokens = q.shape[2]
     whole = mask is not None and mask.shape[-2:] == (tokens, k.shape[2])
     fits = whole and mask is not None and mask.dtype == torch.bool and not causal

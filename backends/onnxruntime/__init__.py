@@ -15,8 +15,8 @@ from qcompiler.backends.onnxruntime.dialect import OnnxRuntimeDialect
 from qcompiler.export import NEEDS, Dialect, missing_packages
 from qcompiler.export.dialect import unwritable
 from qcompiler.formats import Scheme
-from qcompiler.program import Program
-from qcompiler.sites import Site
+from qcompiler.program import Program, digest
+from qcompiler.sites import Site, sites
 
 
 class OnnxRuntimeBackend(Backend):
@@ -42,11 +42,25 @@ class OnnxRuntimeBackend(Backend):
         return OnnxRuntimeDialect
 
     def build(self, program: Program) -> Artifact:
+        from qcompiler.backends.onnxruntime.probe import saturates
         from qcompiler.backends.onnxruntime.session import OnnxArtifact
 
-        return OnnxArtifact.write(program, OnnxRuntimeDialect(kernels=self.kernels))
+        # Told to make weights uint8, ONNX Runtime fails on one that two products read: it gives
+        # both copies one name. So they are written as such.
+        unsigned = saturates() and _shares_weights(program)
+        return OnnxArtifact.write(program, OnnxRuntimeDialect(unsigned, self.kernels))
 
     def load(self, program: Program, folder: Path) -> Artifact:
         from qcompiler.backends.onnxruntime.session import OnnxArtifact
 
         return OnnxArtifact(program, folder)
+
+
+def _shares_weights(program: Program) -> bool:
+    """Whether two sites read one weight, as a layer does that is applied twice, or equal ones,
+    which are written once."""
+    codes = []
+    for site in sites(program.nodes):
+        names = (program.slots.get(n.name) for n in site.weight.all_input_nodes)
+        codes += [digest(program.params[name]) for name in names if name is not None][:1]
+    return len(codes) > len(set(codes))

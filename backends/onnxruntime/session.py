@@ -14,7 +14,7 @@ from qcompiler.backends.onnxruntime.probe import saturates, session_options
 from qcompiler.errors import BackendError, first_line
 from qcompiler.export.artifact import FileArtifact
 from qcompiler.export.model import BYTES, KERNELS
-from qcompiler.export.notes import bits_of
+from qcompiler.export.notes import stored_format
 from qcompiler.program import Program
 from qcompiler.samples import Flat
 from qcompiler.sites import sites
@@ -44,8 +44,8 @@ class OnnxArtifact(FileArtifact):
             return int(meta[BYTES])
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             raise BackendError(
-                f"ONNX Runtime {ort.__version__} cannot open {path}: {first_line(error)}"
-                "; compile again if the file was damaged or made by another version"
+                f"ONNX Runtime {ort.__version__} cannot open {path}: {first_line(error)}; if the "
+                "file was damaged or made by another version, compile again"
             ) from error
 
     def _infer(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -58,4 +58,5 @@ class OnnxArtifact(FileArtifact):
 
 def _has_eight_bits(program: Program) -> bool:
     """Whether a product has weights of 8 bits: 255 · 64 · 2, with less, stays within 16 bits."""
-    return any(bits_of(site) >= 8 for site in sites(program.nodes))
+    formats = map(stored_format, sites(program.nodes))
+    return any(f is not None and f.bits >= 8 for f in formats)

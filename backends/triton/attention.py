@@ -35,7 +35,7 @@ LEAST = 16
 """Sides of a product on the tensor cores are at least so long."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST_SCORE = tl.constexpr(-1e29)
-"""What masks of numbers add at least: float32's least would overflow."""
+"""What masks of numbers add at least, and less this at most: float32's ends would overflow."""
 
 
 @triton.jit
@@ -130,8 +130,9 @@ def _parts(
             if mask.dtype.element_ty == tl.uint8:
                 seen &= given != 0
             else:
+                given = given.to(tl.float32)
                 seen &= given > -float("inf")
-                scores += tl.maximum(given.to(tl.float32), LEAST_SCORE) * LOG2_E
+                scores += tl.clamp(given, LEAST_SCORE, -LEAST_SCORE) * LOG2_E
         scores = tl.where(seen, scores, -1e30)
         new = tl.maximum(top, tl.max(scores, 0))
         p, keep = tl.exp2(scores - new[None, :]), tl.exp2(top - new)
@@ -209,7 +210,8 @@ def rows_apart(x: Tensor) -> Tensor:
     """x (sequences, heads, n, d), each head in one run of memory, at equal distances."""
     sequence, head, *inner = x.stride()
     even = x.shape[0] == 1 or sequence == x.shape[1] * head
-    return x if even and inner == [x.shape[3], 1] else x.contiguous()
+    whole = even and inner == [x.shape[3], 1]
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def launch(

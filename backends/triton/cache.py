@@ -27,10 +27,13 @@ def append_rows(past: Tensor, new: Tensor, axis: int, fp8: bool) -> Tensor:
 
     Coded if `past` is, or is empty; numbers that were handed in stay what they are.
     """
+    kind = torch.uint8 if fp8 else torch.int8
+    if isinstance(past, Coded) and past.codes.dtype != kind:
+        past = numbers(past)  # of another artifact, rounded otherwise
     if not isinstance(past, Coded):
         if past.shape[axis]:
             return append(past, fake_quantize(new, _format(fp8)), axis)
-        codes = past.new_empty(past.shape, dtype=torch.uint8 if fp8 else torch.int8)
+        codes = past.new_empty(past.shape, dtype=kind)
         past = Coded(codes, past.new_empty(past.shape[:-1], dtype=torch.float32), past.dtype)
     codes, scales = OPS.round_rows(new, None, fp8)  # padded behind the row
     codes = append(past.codes, codes[..., : new.shape[-1]], axis)
@@ -42,8 +45,11 @@ def attend(
 ) -> Tensor:
     """Attention of q (batch, heads, tokens, d) over k and v (batch, groups of heads, keys, d)."""
     batch, heads, tokens, _ = q.shape
-    if tokens == 1 and not causal and isinstance(k, Coded) and isinstance(v, Coded):
+    kinds = {t.codes.dtype if isinstance(t, Coded) else None for t in (k, v)}
+    alike = len(kinds) == 1 and None not in kinds and heads % k.shape[1] == 0
+    if tokens == 1 and not causal and alike:
         seen = None if mask is None else mask.expand(batch, heads, 1, k.shape[2]).squeeze(2)
+        assert isinstance(k, Coded) and isinstance(v, Coded)
         sides = (t.scales.unsqueeze(-1) for t in (k, v))
         given = (q.squeeze(2), k.codes, v.codes, *sides, None, None, None, seen, scale)
         found: Tensor = OPS.decode_attention(*given)
@@ -62,7 +68,7 @@ def _append_rows(past: Tensor, new: Tensor, axis: int, fp8: bool) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    grouped = q.shape[1] > k.shape[1]
     return scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )

@@ -89,6 +89,8 @@ def _unfit(
         return f"keeps {' and '.join(FORMATS)}; found {new.args[1]}"
     if state.axis != 2 or cat.meta["val"].ndim != 4:
         return "takes caches (batch, heads, tokens, channels)"
+    if cat.meta["val"].dtype == torch.float64:
+        return "has scales of float32, which float64 would be rounded to"
     for user in cat.users:
         names = [name for name, given in readers.get(user, {}).items() if given is cat]
         if user.op != "output" and (not names or not set(names) <= {"key", "value"}):

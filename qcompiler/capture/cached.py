@@ -92,7 +92,7 @@ def checked(program: Program, module: torch.nn.Module) -> Program:
             f"{type(module).__name__} does more with its cache than to append to it, so that it is "
             f"not known to work without a past; {CURE}"
         )
-    counts = {MASK: PADDING} if PADDING in io.optional else {}
+    counts = {MASK: (PADDING, "past", "sequence")} if PADDING in io.optional else {}
     return replace(program, io=replace(io, counts=counts))
 
 

@@ -12,9 +12,9 @@ from qcompiler.capture.cached import writes
 from qcompiler.errors import BadInput, first_line
 
 SEQUENCE = 16
+"""Length of the example text that a folder is captured with; the captured program takes any."""
 FRAMES = 2
 """Frames of a spectrum for each position of an encoder of speech."""
-"""Length of the example text that a folder is captured with; the captured program takes any."""
 
 
 def load_folder(path: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -110,6 +110,8 @@ def _example(module: torch.nn.Module) -> dict[str, torch.Tensor]:
             f"the model's main input is {main!r}, of which config.json tells no shape; hand over "
             "example_inputs in Python, or MODULE:FACTORY that returns (model, example inputs)"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    # Those that write nothing make what the decoder reads of what the encoder does.
+    able = getattr(module, "can_generate", lambda: False)
+    if getattr(config, "is_encoder_decoder", False) and able():
         example["decoder_input_ids"] = ids(SEQUENCE // 2)
     return example

@@ -12,7 +12,6 @@ from torch import fx
 from torch.export.graph_signature import OutputKind
 
 from qcompiler.errors import BadInput
-from qcompiler.recurrent import recurrent_shapes
 
 WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
@@ -28,8 +27,7 @@ def functionalize(exported: torch.export.ExportedProgram) -> torch.export.Export
         if _mutates(node) and _overwrites_own_input(node):
             node.target = _functional_twin(node.target)
     if any(_mutates(n) for n in _all_nodes(exported.graph_module)):
-        with recurrent_shapes():
-            exported = exported.run_decompositions({})
+        exported = exported.run_decompositions({})
         _refuse_state(exported)
     if any(_is_wrapper(n) for n in exported.graph.nodes):
         for node in [n for n in exported.graph.nodes if _is_wrapper(n)]:

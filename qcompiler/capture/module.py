@@ -40,8 +40,8 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     with inference(module):
         kwargs = _without_cache(module, kwargs)
         program = _exported(module, args, kwargs, names, dynamic)
-        found = fills(module, program)
-    return replace(program, io=replace(program.io, fills=found))
+        found, required = fills(module, program), _required(module, program)
+    return replace(program, io=replace(program.io, fills=found, required=required))
 
 
 def _exported(
@@ -149,6 +149,18 @@ def _exact_shapes(
     values = [*zip(names, args, strict=False), *kwargs.items()]
     axes = [wanted.get(name, {}) for name, value in values for _ in pytree.tree_leaves(value)]
     return (positional, {k: shape(k, v) for k, v in kwargs.items()}), axes
+
+
+def _required(module: torch.nn.Module, program: Program) -> frozenset[str]:
+    """Constants for which the module's own forward has another default; None is none, and says
+    that a configuration decides."""
+    parameters = inspect.signature(module.forward).parameters
+    given = {n: p.default for n, p in parameters.items() if p.default not in (p.empty, None)}
+    return frozenset(
+        port.name
+        for port in program.io.ports
+        if not port.is_tensor and port.name in given and given[port.name] != port.constant
+    )
 
 
 def _forward_names(module: torch.nn.Module) -> tuple[str, ...]:

@@ -21,23 +21,27 @@ ROUNDS = (
 )
 
 
-def bits_of(site: Site) -> int:
-    """Bits of the site's weight; 0 if it is not stored as codes."""
-    stored = (n for n in (site.weight, *site.weight.all_input_nodes) if _is_stored(n))
-    return max((QFormat.parse(str(n.args[3])).bits for n in stored), default=0)
+def stored_format(site: Site) -> QFormat | None:
+    """The format of the site's weight, if that is stored as codes."""
+    for node in (site.weight, *site.weight.all_input_nodes):
+        if node.target is qc.dequantize.default:
+            return QFormat.parse(str(node.args[3]))
+    return None
 
 
 def notes(program: Program, unsigned: bool) -> tuple[str, ...]:
     """Those that a file of the program needs, its weights written as uint8 if `unsigned`."""
-    found = []
-    products = [(bits_of(s), s.x) for s in sites(program.nodes) if s.x is not None]
-    rounded = [bits for bits, x in products if x.target is qc.fake_quantize.default]
-    if max(rounded, default=0) >= 8 and not unsigned:
-        found.append(SATURATES)
-    if any(0 < bits <= 8 and x.target is not qc.fake_quantize.default for bits, x in products):
-        found.append(ROUNDS)
+    found: dict[str, None] = {}
+    for site in sites(program.nodes):
+        weight, x = stored_format(site), site.x
+        if weight is None or x is None or not weight.is_integer:
+            continue
+        if x.target is not qc.fake_quantize.default:
+            found |= {ROUNDS: None} if weight.bits <= 8 else {}
+        elif weight.bits == 8 and _is_eight_bits(QFormat.parse(str(x.args[1]))) and not unsigned:
+            found[SATURATES] = None
     return tuple(found)
 
 
-def _is_stored(node: torch.fx.Node) -> bool:
-    return node.target is qc.dequantize.default
+def _is_eight_bits(format: QFormat) -> bool:
+    return format.is_integer and format.bits == 8

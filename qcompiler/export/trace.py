@@ -12,6 +12,7 @@ from qcompiler.errors import BackendError, first_line
 from qcompiler.export.draft import Draft
 from qcompiler.io import Port, Signature
 from qcompiler.program import Program, is_tensor, node_id
+from qcompiler.recurrent import SHAPES
 from qcompiler.samples import random_inputs
 
 
@@ -70,6 +71,14 @@ def blame(target: str, graph: fx.Graph, error: Exception) -> BackendError:
     causes = [error]
     while isinstance(cause := causes[-1].__cause__, Exception):
         causes.append(cause)
+    found = [n for n in graph.nodes if n.target in SHAPES]
+    if found and any("Constraints violated" in str(e) for e in causes):
+        return BackendError(
+            f"{target}: node {_id_of(found[0])} ({found[0].target}) cannot be written as ONNX for "
+            "sequences of any length: torch's exporter counts its steps. Capture the model with a "
+            "fixed length (dynamic=False, or a mapping that leaves that axis out), or run it with "
+            "--backend cpu"
+        )
     where = "the program"
     for node in graph.nodes:
         if node.meta.get("custom") and any(f"%{node.name} :" in str(e) for e in causes):
@@ -104,3 +113,8 @@ class _Module(nn.Module):
         with preserve_node_meta():
             outputs = self._runner.run(*values)
         return tuple(outputs[at] for at in self._outputs)
+
+
+def _id_of(node: fx.Node) -> str:
+    custom = node.meta.get("custom")
+    return str(custom["id"]) if custom else node.name

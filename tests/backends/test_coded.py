@@ -136,6 +136,21 @@ def test_a_program_with_a_rounded_cache_hands_out_codes(tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(ids, count=5), made.generate(ids, count=5))
 
 
+def test_codes_of_another_format_are_numbers() -> None:
+    """A cache that another backend rounded to e4m3."""
+    x = torch.randn(1, 2, 7, 32)
+    scales = x.abs().amax(-1) / 448
+    codes = (x / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    other = Coded(codes, scales)
+    past = append_rows(other, x[:, :, :1], 2)
+    want = torch.cat([numbers(other), rounded(x[:, :, :1])], 2)
+    assert not isinstance(past, Coded) and torch.equal(past, want)
+    q = torch.randn(1, 2, 1, 32)
+    got = generated.attend(q, other, coded(x), None, 0.2, False)
+    want = nn.functional.scaled_dot_product_attention(q, numbers(other), rounded(x), scale=0.2)
+    torch.testing.assert_close(got, want)
+
+
 def test_refused_with_a_reason() -> None:
     module, example = zoo.build("llama")
     with pytest.raises(BadInput, match="no input of the program grows"):
@@ -155,6 +170,7 @@ def test_it_is_not_written_to_in_place() -> None:
         lambda x: x.copy_(torch.ones(())),
         lambda x: x.__setitem__(0, 0.0),
         lambda x: torch.add(x, 1, out=x),
+        lambda x: torch._foreach_add_([x], 1.0),
     ):
         with pytest.raises(BadInput, match="cannot be written to in place"):
             change(found)

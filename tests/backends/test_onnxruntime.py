@@ -155,3 +155,25 @@ def test_a_weight_that_stays_float_is_not_rounded_by_the_runtime() -> None:
     made = qcompiler.compile(model, x, passes=passes, backend=backend, data=[x])
     assert made.kernels["cut/conv2d#0"] == names.CONV
     assert relative_error(made.program.flat((x,)), made.artifact.run((x,))) < 1e-5
+
+
+class Twice(torch.nn.Module):
+    """One layer applied twice, and two with equal weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+        self.two.load_state_dict(self.one.state_dict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.one(x).relu()
+        y = y + self.one(y).relu()
+        return self.two(y)
+
+
+@pytest.mark.parametrize("activation", ["int8:token:dynamic", "int8:tensor"])
+def test_weights_that_are_read_twice(activation: str) -> None:
+    x = torch.randn(5, 32)
+    passes = f"assign{{weight=int8:channel activation={activation} head=same}},quantize"
+    made = qcompiler.compile(Twice(), x, passes=passes, backend="onnxruntime", data=[x])
+    assert relative_error(made.program.flat((x,)), made.artifact.run((x,))) < 1e-5

@@ -467,7 +467,7 @@ def test_attention_in_any_pieces(kind: str, dtype: torch.dtype) -> None:
         assert error(attention.launch(config, *given, None, None), wanted) < 5e-3
 
 
-@pytest.mark.parametrize("masked", ["bool", "float", "nothing seen", "all lowest"])
+@pytest.mark.parametrize("masked", ["bool", "float", "bfloat16", "nothing seen", "all lowest"])
 @pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
 def test_attention_behind_a_mask_and_over_room(kind: str, masked: str) -> None:
     """Keys that lie in memory with room behind them; a mask of each sequence and head, or one for
@@ -488,13 +488,17 @@ def test_attention_behind_a_mask_and_over_room(kind: str, masked: str) -> None:
     q = short(sequences, queries, d)
     k, v = (t.repeat_interleave(queries // heads, 1) for t in numbers)
     scores = torch.einsum("bhd,bhtd->bht", q.double(), k) * 0.3
-    seen = torch.rand(sequences, queries if masked == "float" else 1, capacity) > 0.4
+    own = masked in ("float", "bfloat16")
+    seen = torch.rand(sequences, queries if own else 1, capacity) > 0.4
     seen[0, :, 64:] = False
     if masked == "nothing seen":
         seen[1] = False
-    if masked == "float":
+    if own:
         mask = torch.randn(seen.shape).masked_fill(~seen, -torch.inf)
-        scores = scores + mask
+        dtype = torch.bfloat16 if masked == "bfloat16" else torch.float32
+        mask = mask.to(dtype)
+        mask[2] = mask[2].masked_fill(mask[2] > 2, torch.finfo(dtype).max)
+        scores = (scores + mask).float().double()
     elif masked == "all lowest":  # as some models hide what is padded
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
         mask[1] = torch.finfo(torch.float32).min
@@ -568,6 +572,33 @@ def test_llama_goes_on_from_its_cache() -> None:
     assert found.logits.device.type == "cpu" and past[0][0].device.type == device().type
     written = compiled.generate(ids, count=3)
     assert torch.equal(compiled.generate(ids.to(device()), count=3).cpu(), written)
+
+
+def test_codes_of_another_artifact_are_numbers() -> None:
+    x = torch.randn(1, 2, 6, 32, device=device())
+    empty = x[:, :, :0]
+    short_, long = (cache.append_rows(empty, x, 2, fp8) for fp8 in (False, True))
+    past = cache.append_rows(short_, x[:, :, :1], 2, True)
+    assert not isinstance(past, Coded) and past.shape[2] == 7
+    assert torch.equal(past[:, :, :6], numbers(short_))
+    q = torch.randn(1, 4, 1, 32, device=device())
+    found = cache.attend(q, long, short_, None, 0.2, False)
+    k, v = (numbers(t).repeat_interleave(2, 1) for t in (long, short_))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.2)
+    assert error(found, wanted.double()) < 1e-5
+
+
+def test_heads_of_keys_may_lie_anyhow() -> None:
+    """One head, whose step in memory may be any number."""
+    x = torch.randn(2, 37, 1, 16, device=device()).transpose(1, 2)
+    codes = (x * 30).round().clamp(-127, 127).to(torch.int8)
+    codes = codes.transpose(1, 2).contiguous().transpose(1, 2)
+    scales = torch.full((2, 1, 37, 1), 1 / 30, device=device())
+    q = torch.randn(2, 4, 16, device=device())
+    k = (codes.double() / 30).cpu()
+    wanted = attended(q.cpu(), k, k, torch.tensor([37, 37]))
+    found = OPS.decode_attention(q, codes, codes, scales, scales, None, None, None)
+    assert error(found, wanted) < 5e-3
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])

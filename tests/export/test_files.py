@@ -153,6 +153,8 @@ def test_artifacts_come_back(backend: str, tmp_path: Path) -> None:
         ("weight=int8:channel activation=int8:token:dynamic", "--unsigned"),
         ("weight=int8:channel", "matmulnbits_accuracy_level"),
         ("weight=int4:group32 activation=int8:token:dynamic", ""),
+        ("weight=fp8_e4m3:channel", ""),
+        ("weight=int8:channel activation=int16:token:dynamic", ""),
     ],
 )
 def test_export_says_what_runtimes_make_of_the_file(
