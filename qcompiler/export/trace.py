@@ -76,8 +76,8 @@ def blame(target: str, graph: fx.Graph, error: Exception) -> BackendError:
         return BackendError(
             f"{target}: node {_id_of(found[0])} ({found[0].target}) cannot be written as ONNX for "
             "sequences of any length: torch's exporter counts its steps. Capture the model with a "
-            "fixed length (dynamic=False, or a mapping that leaves that axis out), or run it with "
-            "--backend cpu"
+            "fixed length (dynamic=False in Python, or a mapping that leaves that axis out; a file "
+            "that fixes it), or run it with --backend cpu"
         )
     where = "the program"
     for node in graph.nodes:
