@@ -87,8 +87,12 @@ def padded(input_ids: object, attention_mask: Tensor | None = None) -> tuple[Ten
             raise BadInput(f"{MASK} has the shape of input_ids, {[*ids.shape]}; found {found}")
         return ids, padding
     if not isinstance(input_ids, Sequence) or not input_ids or attention_mask is not None:
-        what = "texts of ids without attention_mask" if attention_mask is not None else ""
-        raise BadInput(f"{TAKES}; found {what or repr(input_ids)[:60]}")
+        what = (
+            ", which tells its lengths itself, and attention_mask"
+            if attention_mask is not None
+            else ""
+        )
+        raise BadInput(f"{TAKES}; found {repr(input_ids)[:60]}{what}")
     try:
         rows = [_ids(torch.as_tensor(row)[None])[0] for row in input_ids]
     except (TypeError, ValueError, RuntimeError) as error:  # what torch says of other things
