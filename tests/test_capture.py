@@ -541,3 +541,22 @@ def test_what_cannot_be_saved_or_copied_says_so(tmp_path: Path) -> None:
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(BadInput, match="save it"):
             copied(compiled)
+
+
+class Sum(nn.Module):
+    """Any number of inputs, behind one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return self.layer(x + sum(more))
+
+
+def test_any_number_of_inputs() -> None:
+    model, x = Sum(), torch.randn(3, 8)
+    program = qcompiler.capture(model, (x, x, x))
+    assert [p.name for p in program.io.tensors] == ["x", "more_0", "more_1"]
+    given = tuple(torch.randn(3, 5, 8))
+    torch.testing.assert_close(program(*given), model(*given))

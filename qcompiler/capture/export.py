@@ -28,11 +28,12 @@ def export(
     """`module` exported for `call`, (args, kwargs), with dynamic `shapes` of them; what torch
     refuses is a `BadInput` that says why, and where in the model's own code."""
     args, kwargs = call
-    arranged: Any = (*shapes[0], *shapes[1].values()) if kwargs else shapes[0]  # type: ignore
+    positional = _gathered(module, shapes[0])  # type: ignore[arg-type]
+    arranged: Any = (*positional, *shapes[1].values()) if kwargs else positional  # type: ignore
     by_name = None
     if kwargs:
-        names = list(inspect.signature(module.forward).parameters)[: len(args)]
-        by_name = dict(zip(names, shapes[0], strict=True)) | shapes[1]  # type: ignore
+        names = list(inspect.signature(module.forward).parameters)[: len(positional)]
+        by_name = dict(zip(names, positional, strict=True)) | shapes[1]  # type: ignore
     try:
         with torch.no_grad(), recurrent_shapes(), _mask_as_given(module), _silence():
             return torch.export.export(
@@ -47,6 +48,15 @@ def export(
             )
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise BadInput(_explain(error)) from error
+
+
+def _gathered(module: torch.nn.Module, shapes: tuple[object, ...]) -> tuple[object, ...]:
+    """Shapes of positional arguments, those that `*args` takes as one."""
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return shapes
+    before = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:before], tuple(shapes[before:])) if len(shapes) > before else shapes
 
 
 @contextmanager

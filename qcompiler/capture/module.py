@@ -36,7 +36,7 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     """`torch.export` of `module` in evaluation mode; the module is left as it was."""
     args, kwargs = as_call(example_inputs)
     check_finite(dict(module.named_parameters()))
-    names = _forward_names(module)
+    names = _forward_names(module, len(args))
     with inference(module):
         kwargs = _without_cache(module, kwargs)
         program = _exported(module, args, kwargs, names, dynamic)
@@ -163,10 +163,13 @@ def _required(module: torch.nn.Module, program: Program) -> frozenset[str]:
     )
 
 
-def _forward_names(module: torch.nn.Module) -> tuple[str, ...]:
+def _forward_names(module: torch.nn.Module, count: int = 0) -> tuple[str, ...]:
+    """Names of positional parameters, at least `count` if there may be any number."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(module.forward).parameters
-    return tuple(n for n, p in parameters.items() if p.kind in kinds)
+    names = [n for n, p in parameters.items() if p.kind in kinds]
+    many = [n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+    return (*names, *(f"{n}_{i}" for n in many for i in range(count - len(names))))
 
 
 def _without_cache(module: torch.nn.Module, kwargs: dict[str, object]) -> dict[str, object]:
