@@ -560,3 +560,17 @@ def test_any_number_of_inputs() -> None:
     assert [p.name for p in program.io.tensors] == ["x", "more_0", "more_1"]
     given = tuple(torch.randn(3, 5, 8))
     torch.testing.assert_close(program(*given), model(*given))
+
+
+class Apart(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, more: dict[str, Tensor]) -> Tensor:
+        return x - 2 * y + 3 * more["z"]
+
+
+def test_one_tensor_for_several_inputs_is_several_inputs() -> None:
+    """As queries, keys and values of attention often are in an example."""
+    x, model = torch.randn(3, 8), Apart()
+    program = qcompiler.capture(model, (x, x, {"z": x}))
+    given = (x, x + 1, {"z": x + 2})
+    torch.testing.assert_close(program(*given), model(*given))
+    assert program.io.dims.keys() == {"batch"}

@@ -8,13 +8,16 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qcompiler.errors import BadInput
 from qcompiler.recurrent import recurrent_shapes
 
+T = TypeVar("T")
 CALL = "The following call raised this error:"
 """What torch writes in front of the line of the model's own code."""
 
@@ -27,7 +30,7 @@ def export(
 ) -> torch.export.ExportedProgram:
     """`module` exported for `call`, (args, kwargs), with dynamic `shapes` of them; what torch
     refuses is a `BadInput` that says why, and where in the model's own code."""
-    args, kwargs = call
+    args, kwargs = apart(call)
     positional = _gathered(module, shapes[0])  # type: ignore[arg-type]
     arranged: Any = (*positional, *shapes[1].values()) if kwargs else positional  # type: ignore
     by_name = None
@@ -48,6 +51,19 @@ def export(
             )
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise BadInput(_explain(error)) from error
+
+
+def apart(call: T) -> T:
+    """`call` with a copy for each tensor that is in it again: torch.export would take what one
+    object stands for as one input, and leave the others unread."""
+    seen: set[int] = set()
+
+    def own(x: Tensor) -> Tensor:
+        again = id(x) in seen
+        seen.add(id(x))
+        return x.clone() if again else x
+
+    return pytree.tree_map_only(Tensor, own, call)  # type: ignore[no-any-return]
 
 
 def _gathered(module: torch.nn.Module, shapes: tuple[object, ...]) -> tuple[object, ...]:

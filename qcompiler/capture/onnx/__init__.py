@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx.traceback import preserve_node_meta
 
 from qcompiler.capture.dynamic import stuck_dims
+from qcompiler.capture.export import apart
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.onnx.call import NeedsValue
 from qcompiler.capture.onnx.file import read_model
@@ -87,7 +88,7 @@ def _export(
     wide = {"inputs": shapes} if shapes else None
     try:
         with preserve_node_meta(), torch.no_grad(), recurrent_shapes(), quiet():
-            return torch.export.export(module, example, dynamic_shapes=wide, strict=False)
+            return torch.export.export(module, apart(example), dynamic_shapes=wide, strict=False)
     except (BadInput, NeedsValue):
         raise
     except Exception as error:  # torch.export raises dozens of types, most of them private
