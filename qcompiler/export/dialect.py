@@ -54,6 +54,9 @@ class Dialect:
             qc.sparse_linear.default: self.sparse_linear,
             aten.scaled_dot_product_attention.default: _plain(kernels.attention),
             aten.sort.stable: _plain(kernels.sort),
+            aten.adaptive_avg_pool1d.default: _adaptive_mean,
+            aten.adaptive_avg_pool2d.default: _adaptive_mean,
+            aten.adaptive_avg_pool3d.default: _adaptive_mean,
         }
         for node in list(draft.graph.nodes):
             if node.target in rules and node.users:
@@ -224,6 +227,15 @@ def _plain(function: Callable[..., object]) -> Callable[[Draft, fx.Node], None]:
         node.target = function
 
     return rule
+
+
+def _adaptive_mean(draft: Draft, node: fx.Node) -> None:
+    """torch's exporter writes other numbers where a size that is divided is a symbol."""
+    x, counts = node.args
+    assert isinstance(x, fx.Node) and isinstance(counts, list | tuple)
+    sizes = x.meta["val"].shape[-len(counts) :]
+    if not all(isinstance(n, int) for n in sizes):
+        node.target = kernels.adaptive_mean
 
 
 def _even(weight: Weight) -> bool:

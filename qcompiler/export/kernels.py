@@ -217,6 +217,24 @@ def sort(
     return values, places
 
 
+def adaptive_mean(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    """`adaptive_avg_pool` of the last axes of any lengths: one product for each."""
+    for axis, count in zip(range(-len(output_size), 0), output_size, strict=True):
+        shares = _shares(x.shape[axis], count).to(x.dtype)
+        x = (x.transpose(axis, -1) @ shares).transpose(axis, -1)
+    return x
+
+
+def _shares(length: int, count: int) -> Tensor:
+    """(length, count): what each of `length` places gives to piece i of `count`, which has those
+    from floor(i n / k) up to ceil((i + 1) n / k)."""
+    place, piece = torch.arange(length)[:, None], torch.arange(count)
+    first = torch.div(piece * length, count, rounding_mode="floor")
+    end = torch.div((piece + 1) * length + count - 1, count, rounding_mode="floor")
+    inside = (place >= first) & (place < end)
+    return inside.float() / (end - first).float()
+
+
 def scattered_linear(x: Tensor, values: Tensor, places: Tensor, rows: int) -> Tensor:
     """x Sᵀ, with `values` at flat `places` of S (rows, in)."""
     flat = x.new_zeros(rows * x.shape[-1]).scatter(0, places.long(), values)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -169,3 +170,23 @@ def test_export_says_what_runtimes_make_of_the_file(
     given = ["export", str(folder), "-o", str(tmp_path / "u.onnx"), "--unsigned", "--json"]
     notes = json.loads(CliRunner().invoke(main, given).stdout)["notes"]
     assert len(notes) == ("matmulnbits" in words)
+
+
+@pytest.mark.parametrize("counts", [(4,), (5,), (5, 3)])
+def test_pooling_to_a_number_of_pieces_at_any_size(counts: tuple[int, ...], tmp_path: Path) -> None:
+    """Where sizes are symbols torch's exporter writes other numbers."""
+    conv, pool = (
+        (torch.nn.Conv1d, torch.nn.AdaptiveAvgPool1d)
+        if len(counts) == 1
+        else (torch.nn.Conv2d, torch.nn.AdaptiveAvgPool2d)
+    )
+    model = torch.nn.Sequential(conv(3, 4, 3, padding=1), pool(counts)).eval()
+    axes = {0: "b", 2: "h", 3: "w"} if len(counts) == 2 else {0: "b", 2: "n"}
+    x = torch.randn(2, 3, *(16 for _ in counts))
+    program = qcompiler.capture(model, x, dynamic={"input": axes})
+    qcompiler.export_onnx(program, file := tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(file)
+    for size in (16, 21, 7):
+        y = torch.randn(1, 3, *(size + i for i in range(len(counts))))
+        (found,) = session.run(None, {session.get_inputs()[0].name: y.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), program(y), rtol=1e-4, atol=1e-5)
