@@ -57,14 +57,10 @@ class Padding:
 def _not_padding(io: Signature, inputs: Flat) -> Tensor:
     """Ones for the tokens that are none of the padding, which is counted from the first of all."""
     ((argument, *before, last),) = io.counts.values()
-    values = dict(zip((p.name for p in io.ports), inputs, strict=True))
-    sizes = {
-        d: n
-        for port in io.tensors
-        for d, n in zip(port.shape, values[port.name].shape, strict=True)  # type: ignore[attr-defined]
-    }
+    named = zip((p.name for p in io.ports), inputs, strict=True)
+    values = {name: x for name, x in named if isinstance(x, Tensor)}
+    sizes = {d: n for p in io.tensors for d, n in zip(p.shape, values[p.name].shape, strict=True)}
     padding, past = values[argument], sum(sizes[d] for d in before)
-    assert isinstance(padding, Tensor)
     place = torch.arange(past, past + sizes[last], device=padding.device)
     return (place >= padding[:, None]).long()
 

@@ -63,7 +63,8 @@ def apart(call: T) -> T:
         seen.add(id(x))
         return x.clone() if again else x
 
-    return pytree.tree_map_only(Tensor, own, call)  # type: ignore[no-any-return]
+    made: T = pytree.tree_map_only(Tensor, own, call)
+    return made
 
 
 def _gathered(module: torch.nn.Module, shapes: tuple[object, ...]) -> tuple[object, ...]:

@@ -155,7 +155,8 @@ def _required(module: torch.nn.Module, program: Program) -> frozenset[str]:
     """Constants for which the module's own forward has another default; None is none, and says
     that a configuration decides."""
     parameters = inspect.signature(module.forward).parameters
-    given = {n: p.default for n, p in parameters.items() if p.default not in (p.empty, None)}
+    plain = (bool, int, float, str)  # others need not compare
+    given = {n: p.default for n, p in parameters.items() if isinstance(p.default, plain)}
     return frozenset(
         port.name
         for port in program.io.ports
