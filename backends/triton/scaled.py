@@ -108,23 +108,23 @@ def linear_scaled(
     """Codes x (…, padded inputs) with scales (…, 1) as `round_rows` makes them, codes weight
     (padded rows, padded inputs), both int8 or e4m3 bits in uint8, scale (padded rows,) float32 →
     (…, rows) of `dtype`."""
-    flat, y = rows_of(x), x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+    flat = rows_of(x)
     if flat.shape[0] == 0:
-        return y
+        return x.new_empty((*x.shape[:-1], rows), dtype=dtype)
     if x.dtype == torch.uint8:
         flat, weight = flat.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
-    given = (flat, x_scale, scale, bias, y, rows)
+    given = (flat, x_scale, scale, bias, rows, dtype)
     key = f"scaled {bucket(flat.shape[0])} {tuple(weight.shape)} {flat.dtype} {dtype}"
     config = best(key, (weight,), candidates(flat, weight), lambda c, w: launch(c, w, *given))
-    launch(config, weight, *given)
-    return y
+    return launch(config, weight, *given).reshape(*x.shape[:-1], rows)
 
 
 def launch(
     config: Config, weight: Tensor, x: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None,
-    y: Tensor, rows: int,
-) -> None:  # fmt: skip
+    rows: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     tokens, width = x.shape
+    y = x.new_empty((tokens, rows), dtype=dtype)
     tiles = triton.cdiv(tokens, config.tokens) * triton.cdiv(rows, config.rows)
     options = {
         "SUM": tl.int32 if x.dtype == torch.int8 else tl.float32,
@@ -153,6 +153,7 @@ def launch(
         wrap(_pointers)[(tiles,)](
             x, x_scale, weight, scale, bias, y, tokens, width, rows, **options
         )
+    return y
 
 
 def candidates(x: Tensor, weight: Tensor) -> list[Config]:

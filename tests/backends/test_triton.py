@@ -65,11 +65,13 @@ LATE = FEW | {"LATE": True, "ORDERED": True}
 PLAIN = {"ZERO": 0, "zero": None}
 PRODUCT = {"SUM": tl.int32, "TOKENS": 64, "ROWS": 64, "INNER": 64, "BAND": 8, "bias": None}
 PRODUCT |= {"EARLY": False}
-EARLY = {"EARLY": True, "LOOP": True}
 ROUND = {"BLOCK": 4096, "given": None, "EARLY": False}
 HEAD = {"GROUP": 4, "QUERIES": 16, "D": 128, "WIDE": 128, "TILE": 64, "V_TOKEN": True}
 HEAD |= {"DTYPE": tl.bfloat16}
 ROTATED = {"FP8": False, "given": None}
+LONG = ROTATED | {"A": 128, "SIZE": 32, "B": 32, "WIDE": 32, "M": 64, "BLOCKS": 2, "EACH": 1}
+LONG |= {"PAD": 128, "STAGES": 3, "PREFETCH": False, "EARLY": True}
+LONGEST = {"A": 512, "SIZE": 28, "B": 56, "WIDE": 64, "M": 128, "BLOCKS": 4, "PREFETCH": True}
 STRAIGHT = {"cos": None, "sin": None, "mask": None}
 KERNELS = {
     "int4, one token": (few.few, SHORT | FEW | PLAIN | {"KIND": 0, "ALONE": True}),
@@ -97,10 +99,9 @@ KERNELS = {
     "int8 descriptors": (scaled._descriptors, PRODUCT | {"x": "*i8", "scale": "*fp32"}),
     "rounding to int8": (rows._round, ROUND | {"FP8": False}),
     "rounding to e4m3": (rows._round, ROUND | {"FP8": True, "codes": "*u8"}),
-    "hadamard": (
-        hadamard._long,
-        ROTATED | EARLY | {"A": 256, "B": 28, "WIDE": 32, "PAD": 128, "WARPS": 2, "OUTER": 2},
-    ),
+    "hadamard": (hadamard._long, LONG),
+    "hadamard of several rows": (hadamard._long, LONG | {"A": 16, "BLOCKS": 1, "EACH": 4}),
+    "hadamard of the longest rows": (hadamard._long, LONG | LONGEST | {"STAGES": 1}),
     "short hadamard": (
         hadamard._short,
         ROTATED | {"ROWS": 16, "B": 64, "WIDE": 64},
@@ -161,7 +162,11 @@ def test_products_use_the_tensor_cores() -> None:
     for kernel, given, instruction in (
         (*KERNELS["int4, tiles"], "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"),
         (*KERNELS["int8 descriptors"], "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8"),
-        (scaled._descriptors, fp8, "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"),
+        (
+            scaled._descriptors,
+            fp8,
+            "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3",
+        ),
     ):
         assert instruction in compiled(kernel, given, 90).asm["ptx"]
     assert "e4m3" in compiled(scaled._pointers, fp8, 89).asm["ptx"]
@@ -175,6 +180,17 @@ def test_numbers_are_loaded_where_they_are_multiplied(given: dict[str, object]) 
     assert "local_alloc" not in made.asm["ttgir"]
     assert made.asm["ptx"].count("shfl.sync") < 16
     assert made.asm["ptx"].count("bar.sync") <= 2
+
+
+def test_no_number_of_a_hadamard_transform_changes_places() -> None:
+    """What passes through shared memory is the input, and H once."""
+    made = compiled(*KERNELS["hadamard"], 90, aligned=True, num_warps=4)
+    assert "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16" in made.asm["ptx"]
+    loop = made.asm["ttgir"].split("scf.for")[-1]
+    moved = [line for line in loop.splitlines() if "convert_layout" in line and "mma" in line]
+    assert moved
+    assert all("dot_op" in line for line in moved)  # from registers to registers
+    assert made.asm["ptx"].count("bar.sync") < 12
 
 
 class Layer(torch.nn.Module):

@@ -35,8 +35,8 @@ if reason := unavailable():
 load_operators()
 
 from qcompiler.backends.triton import attention, cache, decoded, scaled  # noqa: E402
-from qcompiler.backends.triton.hadamard import PROGRAMS, factor  # noqa: E402
-from qcompiler.backends.triton.tune import Config  # noqa: E402
+from qcompiler.backends.triton.hadamard import factor  # noqa: E402
+from qcompiler.backends.triton.tune import Config, agree  # noqa: E402
 
 OPS = torch.ops.qc_triton
 CLOSE = 1e-4
@@ -293,14 +293,23 @@ def test_products_of_codes(kind: str, form: str, tokens: int) -> None:
     wanted = Grid.fit(x, QFormat.parse(f"{kind}:token:dynamic")).round(x).double()
     wanted = wanted @ q.dequantize(torch.float64).t()
     view = torch.float8_e4m3fn if fp8 else torch.int8
-    y = torch.empty(tokens, 140, device=device())
     codes, w = codes.view(view), weight["weight"].to(device()).view(view)
-    scaled.launch(config, w, codes, scales, weight["scale"].to(device()), None, y, 140)
+    scale = weight["scale"].to(device())
+    y = scaled.launch(config, w, codes, scales, scale, None, 140, torch.float32)
     assert error(y, wanted) < (IN_FLIGHT if fp8 else CLOSE)
     if not fp8:  # sums are exact, so that no form is off another, and each number is rounded once
         sums = (codes.cpu().double() @ w.cpu().double().t())[:, :140].float()
         exact = sums * scales.cpu() * weight["scale"][:140]
         assert torch.equal(y.cpu(), exact)
+
+
+def test_a_tile_that_is_wrong_is_not_used() -> None:
+    right, wrong, half = torch.randn(40, 30), torch.randn(40, 30), torch.randn(40, 30)
+    half[20:] = math.nan
+    assert agree(right * 1.001, right)
+    assert not agree(wrong, right)
+    assert not agree(half, right)
+    assert agree(half * 1.001, half)  # where the first has none, nothing is known
 
 
 # --- activations ----------------------------------------------------------------------------------
@@ -352,7 +361,10 @@ def test_e4m3_by_integers_is_torch_s() -> None:
     assert torch.equal(codes[0, : x.shape[1]].cpu(), x[0].to(torch.float8_e4m3fn).view(torch.uint8))
 
 
-@pytest.mark.parametrize("n", [12, 16, 40, 160, 256, 320, 704, 1024, 3072, 14336])
+TURNED = [12, 16, 40, 160, 256, 320, 512, 704, 1024, 2048, 3072, 9728, 14336]
+
+
+@pytest.mark.parametrize("n", TURNED)
 @pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hadamard(n: int, kind: str, dtype: torch.dtype) -> None:
@@ -371,18 +383,21 @@ def test_hadamard(n: int, kind: str, dtype: torch.dtype) -> None:
     assert not codes[:, n:].any()
 
 
-def test_hadamard_row_after_row() -> None:
-    """More rows than programs that fit the device: each is what it is alone."""
-    right = factor(14336).to(device())
-    x = short(PROGRAMS * processors(device()) + 2, 14336).to(device(), torch.bfloat16)
-    together = OPS.turn_rows(x, right, None, False)
+@pytest.mark.parametrize("n", [320, 1024, 4096, 14336, 28672])
+def test_hadamard_row_after_row(n: int) -> None:
+    """More rows than programs that fit the device: each is what it is alone, but for ties."""
+    right = factor(n).to(device())
+    x = short(70 + 4 * processors(device()), n).to(device(), torch.bfloat16)
+    together, scales = OPS.turn_rows(x, right, None, False)
     for i in (0, 1, len(x) - 2, len(x) - 1):
-        alone = OPS.turn_rows(x[i : i + 1], right, None, False)
-        for found, wanted in zip(alone, together, strict=True):
-            assert torch.equal(found[0], wanted[i])
+        alone, scale = OPS.turn_rows(x[i : i + 1], right, None, False)
+        assert relative_error(scale[0], scales[i]) < 1e-4
+        off = (alone[0].int() - together[i].int()).abs()
+        assert off.max() <= 1
+        assert off.float().mean() < 1e-2
 
 
-@pytest.mark.parametrize("n", [40, 1024])
+@pytest.mark.parametrize("n", [40, 1024, 2048])
 @pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
 def test_hadamard_with_one_scale(n: int, kind: str) -> None:
     """Numbers beyond the largest code become it."""
