@@ -25,6 +25,7 @@ from qcompiler.passbase import Pass
 from qcompiler.program import Program
 from qcompiler.registry import get_rounding
 from qcompiler.rounding.bias import bias_correction
+from qcompiler.schemes import why_not
 from qcompiler.sites import Site, sites
 from qcompiler.state import Solved, remarks
 from qcompiler.stored import write
@@ -84,8 +85,10 @@ class Quantize(Pass):
             if scheme is None:
                 continue
             if scheme.weight and site.id not in solved:
+                why = why_not(site, edit.is_weight)
                 edit.skip(
-                    site.node, "its weight is still an expression; put `fold` before quantize"
+                    site.node,
+                    why or "its weight is still an expression; put `fold` before quantize",
                 )
                 continue
             words = f"stored and computed as the plan says: {scheme}"

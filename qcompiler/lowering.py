@@ -20,11 +20,13 @@ from torch.fx.node import Argument
 from qcompiler.backend import Capability
 from qcompiler.edit import Edit
 from qcompiler.facts import Facts
-from qcompiler.formats import QTensor
+from qcompiler.formats import QFormat, QTensor, Scheme
 from qcompiler.history import Effect
 from qcompiler.passbase import Pass
 from qcompiler.sites import Site, sites
 from qcompiler.stored import read
+
+ROUNDED_OTHERWISE = "its input is rounded otherwise than the plan says"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,9 @@ class LowerSites(Pass):
             found = stored(edit, site.weight)
             if found is None or not self.capability.fits(site, scheme):
                 continue
+            if not as_planned(site, scheme):
+                edit.skip(site.node, ROUNDED_OTHERWISE)
+                continue
             if why := self.capability.refuses_shape(site):
                 edit.skip(site.node, f"{self.capability.kernel} {why}")
                 continue
@@ -81,6 +86,15 @@ def unrounded(site: Site) -> tuple[fx.Node | None, Argument, Argument]:
     source, _, scale, zero = (*x.args, None, None)[:4]
     assert isinstance(source, fx.Node)
     return source, scale, zero
+
+
+def as_planned(site: Site, scheme: Scheme) -> bool:
+    """Whether the site's input is rounded in the graph as its scheme says, and not also otherwise:
+    an operator that rounds takes the place of both."""
+    x = site.x
+    if x is None or x.target is not torch.ops.qc.fake_quantize.default:
+        return scheme.activation is None
+    return QFormat.parse(str(x.args[1])) == scheme.activation
 
 
 def stored(edit: Edit, weight: fx.Node) -> QTensor | None:

@@ -11,15 +11,21 @@ from qcompiler.activations import channelwise
 from qcompiler.errors import BadInput
 from qcompiler.formats import NAMED_BLOCKS, QFormat, Scheme
 from qcompiler.sites import Site, site_of
+from qcompiler.stored import is_stored
 
 FLOAT = "float"
+QUANTIZED = (
+    "its weight is quantized already; compile with the passes `canonicalize,adopt` to keep it so, "
+    "or put `unquantize` before this pass to choose anew"
+)
 
 
 def why_not(site: Site, is_weight: Callable[[fx.Node], bool]) -> str | None:
     """Why a site can have no scheme; None if it can."""
-    if site.node.meta["val"].is_floating_point() and is_weight(site.weight):
-        return None
-    return "its weight is computed from the input"
+    if not (site.node.meta["val"].is_floating_point() and is_weight(site.weight)):
+        return "its weight is computed from the input"
+    # What the plan says must be what the graph computes: kernels are chosen by it.
+    return QUANTIZED if is_stored(site.weight) else None
 
 
 def fit(site: Site, weight: str, activation: str = FLOAT) -> Scheme:

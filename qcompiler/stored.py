@@ -74,6 +74,12 @@ def read(edit: Edit, node: fx.Node) -> QTensor | None:
     return QTensor(codes, Grid(fmt, scale, zero, None, inner))
 
 
+def is_stored(weight: fx.Node) -> bool:
+    """Whether `weight` decodes codes, perhaps in another shape (a convolution's are rows)."""
+    inner = weight.args[0] if weight.target is torch.ops.aten.reshape.default else weight
+    return isinstance(inner, fx.Node) and inner.target in DECODERS
+
+
 def bits_per_weight(program: Program) -> float | None:
     """Bits of all that stored tensors are decoded from, codes, scales, zero points and tables, for
     each of their numbers; None if nothing is stored in codes."""

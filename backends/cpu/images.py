@@ -51,8 +51,9 @@ class Image:
         *,
         summed: bool = True,
     ) -> None:
-        """`pitch` is bytes of a pixel's codes; without `x_scale` scales are found. Unless `summed`,
-        pixels are not: nobody reads the sums but for NaN."""
+        """`pitch` is bytes of a pixel's codes; a dynamic format's scales are found, and written to
+        memory of this image's own. Unless `summed`, pixels are not: nobody reads the sums but for
+        NaN."""
         fmt = QFormat.parse(activation)
         self.batch, self.height, self.width, self.channels = batch, height, width, channels
         self.padding, self.pitch, self.activation = padding, pitch, activation
@@ -65,7 +66,7 @@ class Image:
         beyond = self.full[1] + 1  # pixels that tiles of two may reach over its end
         sizes = ((self.pixels + beyond) * pitch, 4 * self.pixels, 4 * batch)
         self.codes, self.sums, found = starts(memory(room(sizes)), sizes)
-        self.scale = found if x_scale is None else x_scale.data_ptr()
+        self.scale = found if fmt.dynamic or x_scale is None else x_scale.data_ptr()
         self.point = address(x_zero)
         """Address of the zero point, or 0."""
 

@@ -19,7 +19,7 @@ from qcompiler.errors import BackendError
 from qcompiler.facts import Facts
 from qcompiler.formats import QTensor, Scheme
 from qcompiler.history import Effect
-from qcompiler.lowering import unrounded
+from qcompiler.lowering import as_planned, unrounded
 from qcompiler.passbase import Pass
 from qcompiler.sites import Site, sites
 from qcompiler.stored import read
@@ -55,7 +55,7 @@ class LowerLinear(Pass):
             if scheme is None or site.kind.x is None or site.weight.op == "placeholder":
                 continue
             stored = read(edit, site.weight)
-            static = static_of(edit, site)
+            static = static_of(edit, site, scheme)
             if self._chosen(site, scheme, stored, static) == self.kernel:
                 edit.spend(self._reason(site, scheme), site.node)
                 if self.kernel == "float" or stored is None or static is None:
@@ -133,8 +133,11 @@ def put_in(edit: Edit, site: Site, stored: QTensor, prepare: Callable[[], Call])
     edit.replace(node, new)
 
 
-def static_of(edit: Edit, site: Site) -> Static | None:
-    """What is known of a site's activation; None if it is rounded by what a run computes."""
+def static_of(edit: Edit, site: Site, scheme: Scheme) -> Static | None:
+    """What is known of a site's activation; None if it is rounded by what a run computes, or
+    otherwise than `scheme` says (a file that was quantized before has roundings of its own)."""
+    if not as_planned(site, scheme):
+        return None
     _, scale, zero = unrounded(site)
     values = [None if n is None else _value(edit, n) for n in (scale, zero)]
     missing = [v is None and n is not None for v, n in zip(values, (scale, zero), strict=True)]

@@ -42,7 +42,7 @@ class LowerConv(Pass):
             scheme = edit.plan.get(site.id)
             if scheme is None or site.id in self.exclude or not self._fits(site, scheme):
                 continue
-            weight, static = stored(edit, site.weight), static_of(edit, site)
+            weight, static = stored(edit, site.weight), static_of(edit, site, scheme)
             if weight is None or static is None or scheme.activation is None:
                 continue
             at = window_of(site)

@@ -82,8 +82,12 @@ def units(
         )
     found, candidates = [], []
     refused: dict[str, list[str]] = {}
+    barred: list[str] = []
     for site in sites(program.graph.nodes):
-        if why_not(site, program.weights.__contains__) or not _included(site, include):
+        if not _included(site, include):
+            continue
+        if why := why_not(site, program.weights.__contains__):
+            barred.append(f"{site.id}: {why}")
             continue
         mine: dict[str, Scheme] = {}
         for text in formats:
@@ -97,10 +101,10 @@ def units(
             found.append(site)
             candidates.append(mine)
     if all([*c] == [FLOAT] for c in candidates) and (refused or not found):
-        raise nothing(why[0] for why in refused.values())
+        raise nothing([*(whys[0] for whys in refused.values()), *barred])
     told = {
-        text: why[0] + (f" (and {len(why) - 1} more sites)" if len(why) > 1 else "")
-        for text, why in refused.items()
+        text: whys[0] + (f" (and {len(whys) - 1} more sites)" if len(whys) > 1 else "")
+        for text, whys in refused.items()
     }
     groups = _groups(found, agree, backend)
     return Units(tuple(found), tuple(candidates), groups, told)

@@ -104,6 +104,17 @@ def test_every_format(shape: tuple, isa: str) -> None:
         assert torch.equal(got, again)
 
 
+def test_a_dynamic_scale_is_not_written_into_one_that_is_handed_over() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = nearest(torch.randn(8, 36, generator=generator), QFormat.parse("int8:channel"))
+    x = torch.randn(3, 4, 6, 5, generator=generator)
+    window, fmt = Window((3, 3), (1, 1), (1, 1), (1, 1)), QFormat.parse("int8:sample:dynamic")
+    memory = torch.full((3,), 0.03)
+    got = choose_conv.prepare(q, 4, None, fmt, Static(memory[:1]), window)(x)
+    assert torch.equal(memory, torch.full((3,), 0.03))
+    assert torch.equal(got, choose_conv.prepare(q, 4, None, fmt, Static(), window)(x))
+
+
 @pytest.fixture
 def avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     if "avx2" not in isas._available():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -16,6 +18,7 @@ import qcompiler
 from qcompiler.backends.onnxruntime.probe import saturates
 from qcompiler.check import relative_error
 from qcompiler.cli import main
+from qcompiler.errors import QCompilerError
 from qcompiler.program import Program
 from qcompiler.samples import random_inputs
 from qcompiler.sites import sites
@@ -80,6 +83,58 @@ def test_quantized_by_onnxruntime(name: str, how: str, tmp_path: Path) -> None:
     assert relative_error(found, again.artifact.run(inputs)) <= 2 * rounding + 0.05
 
 
+HALF = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N, 4, 6, 4] x) => (float[N, 6] y, float[N, 16, H, W] e) {
+q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) w = DequantizeLinear(codes, t)
+e = Conv <pads = [1, 1, 1, 1]> (d, w) f = Flatten(e) h = MatMul(f, v) r = Relu(h)
+y = MatMul(r, u) }"""
+"""Its convolution is quantized, its linears are not."""
+
+
+def half_quantized(path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    model = onnx.parser.parse_model(HALF)
+    values = {
+        "s": np.float32(0.03),
+        "z": np.uint8(120),
+        "codes": generator.integers(-60, 61, (16, 4, 3, 3)).astype(np.int8),
+        "t": np.float32(0.01),
+        "v": generator.standard_normal((384, 16)).astype(np.float32),
+        "u": generator.standard_normal((16, 6)).astype(np.float32),
+    }
+    for name, value in values.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("activation", ["int8:token:dynamic", "float"])
+def test_the_plan_leaves_out_what_a_file_has_quantized(activation: str, tmp_path: Path) -> None:
+    path = half_quantized(tmp_path / "half.onnx")
+    exact = qcompiler.capture(path)
+    passes = f"canonicalize,assign{{weight=int8:channel activation={activation}}},quantize"
+    made = qcompiler.compile(path, passes=passes, backend="cpu")
+    assert [*made.program.plan] == ["MatMul_h/linear#0"]
+    scales = [float(v) for k, v in made.program.params.items() if k.startswith("s.")]
+    assert scales == [pytest.approx(0.03)]
+    inputs = random_inputs(exact.io, 5)
+    _, want = run_exactly(path, exact, inputs)
+    assert relative_error((want,), (made.artifact.run(inputs)[1],)) <= 1e-5
+    both = qcompiler.compile(path, passes=f"{passes},adopt", backend="cpu")
+    assert len(both.program.plan) == 2
+
+
+@pytest.mark.parametrize("pipeline", ["{}", "canonicalize,adopt,quantize"])
+def test_what_is_quantized_already_says_so(pipeline: str, tmp_path: Path) -> None:
+    path = tmp_path / "whole.onnx"
+    half = onnx.load(half_quantized(path))
+    del half.graph.node[4:], half.graph.output[0]
+    onnx.save(half, path)
+    passes = "canonicalize,assign{weight=int8:channel head=same},quantize"
+    with pytest.raises(QCompilerError, match=r"already; .*canonicalize,adopt.*unquantize"):
+        qcompiler.compile(path, passes=pipeline.replace("{}", passes), backend="reference")
+
+
 @pytest.mark.parametrize("opset", [11, 13, 17])
 @pytest.mark.parametrize("name", ["bert", "vit", "resnet"])
 def test_exported_by_torchscript(name: str, opset: int, tmp_path: Path) -> None:
@@ -106,6 +161,4 @@ def test_exported_by_torchscript(name: str, opset: int, tmp_path: Path) -> None:
 
 
 def _nodes(path: Path) -> list:
-    import onnx
-
     return list(onnx.load(path).graph.node)
