@@ -17,6 +17,7 @@ from torch import fx
 
 from qcompiler.append import append
 from qcompiler.edit import copy_graph
+from qcompiler.io import Port
 from qcompiler.program import Program
 
 aten = torch.ops.aten
@@ -51,8 +52,7 @@ def states(program: Program) -> Iterator[State]:
 
 def begins_empty(state: State, program: Program) -> bool:
     """Whether there may be nothing of it yet."""
-    shape = next(p.shape for p in program.io.tensors if p.name == state.input.name)
-    size = shape[state.axis]
+    size = _ports(program)[state.input].shape[state.axis]
     return isinstance(size, str) and program.io.dims[size][0] == 0
 
 
@@ -94,7 +94,8 @@ def _axis(node: fx.Node) -> int | None:
 def begin_empty(program: Program) -> Program:
     """The smallest size of each dimension along which nothing but states lie becomes 0."""
     io = program.io
-    axes = {s.input.name: s.axis for s in states(program) if _only_appended(s)}
+    ports = _ports(program)
+    axes = {ports[s.input].name: s.axis for s in states(program) if _only_appended(s)}
     found = {
         dim
         for port in io.tensors
@@ -103,6 +104,11 @@ def begin_empty(program: Program) -> Program:
     elsewhere = {dim for p in io.tensors for i, dim in enumerate(p.shape) if axes.get(p.name) != i}
     dims = dict(io.dims) | {d: (0, io.dims[d][1]) for d in found - elsewhere}
     return replace(program, io=replace(io, dims=dims))
+
+
+def _ports(program: Program) -> dict[fx.Node, Port]:
+    """By input: nodes may be called otherwise than what a caller hands over."""
+    return dict(zip(program.inputs, program.io.ports, strict=True))
 
 
 def _only_appended(state: State) -> bool:

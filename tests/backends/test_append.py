@@ -112,6 +112,26 @@ def test_another_type_is_appended_as_torch_does() -> None:
     assert torch.equal(made(past, new), torch.cat([past, new], 2))
 
 
+CACHE = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[B, 2, S, 4] new, float[B, 2, P, 4] past) => (float[B, 2, T, 4] present) {
+present = Concat <axis = 2> (past, new) }"""
+
+
+def test_the_cache_of_an_onnx_file(tmp_path: Path) -> None:
+    """Its inputs have names that are no Python names of nodes."""
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "cache.onnx"
+    onnx.save(onnx.parser.parse_model(CACHE), path)
+    made = qcompiler.compile(path, passes="canonicalize{optional=true}", backend="cpu")
+    assert made.program.io.dims["P"] == (0, None)
+    for length in (6, 2, 0):
+        new, past = torch.randn(1, 2, 3, 4), torch.randn(1, 2, length, 4)
+        found = made(new=new, past=past)["present"]
+        assert torch.equal(found, torch.cat([past, new], 2))
+        more = made(new=new, past=found)["present"]
+        assert torch.equal(more, torch.cat([past, new, new], 2))
+
+
 def test_what_only_joins_its_input_is_left_alone() -> None:
     past, new = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 1, 8)
     for dynamic in (False, {"past": {0: "batch"}, "new": {0: "batch"}}):
