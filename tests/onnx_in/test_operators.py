@@ -163,6 +163,27 @@ def test_resize(where: str, mode: str, scales: list[float], tmp_path: Path) -> N
     agree(proto, tmp_path, X)
 
 
+SIZES = """<ir_version: 8, opset_import: ["" : 18]>
+g (float[N, 2, 5, 7] x, float[M, 1, H, W] like) => (float[A, B, C, D] y) {
+lead = Constant <value_ints = [0]> () two = Constant <value_ints = [2]> ()
+four = Constant <value_ints = [4]> () s = Shape(x) t = Shape(like)
+a = Slice(s, lead, two) b = Slice(t, two, four) sizes = Concat <axis = 0> (a, b)
+y = Resize <mode = "METHOD", coordinate_transformation_mode = "align_corners"> (x, , , sizes) }"""
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic", "nearest"])
+def test_resize_to_the_sizes_of_another(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "sizes.onnx"
+    onnx.save(onnx.parser.parse_model(SIZES.replace("METHOD", mode)), path)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    program = qcompiler.capture(path)
+    for n, height, width in ((3, 9, 4), (1, 8, 6), (1, 1, 3)):
+        x, like = torch.randn(n, 2, 5, 7), torch.randn(1, 1, height, width)
+        (want,) = session.run(None, {"x": x.numpy(), "like": like.numpy()})
+        (have,) = program.flat((x, like))
+        np.testing.assert_allclose(have.numpy(), want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("nearest", ["floor", "ceil", "round_prefer_floor", "round_prefer_ceil"])
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("sizes", [[30, 36], [7, 20]], ids=str)

@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from qcompiler.capture.onnx.call import Call, Size
@@ -124,7 +125,7 @@ def _resize(call: Call, x: Tensor, axes: list[Axis], where: str, rounding: str) 
     if mode not in ("nearest", "linear", "cubic"):
         raise call.refusal(f"mode is {mode!r}; expected nearest, linear or cubic")
     crops = where == "tf_crop_and_resize"
-    axes = [a for a in axes if crops or not (isinstance(a.out, int) and a.out == a.size)]
+    axes = [a for a in axes if crops or not statically_known_true(a.out == a.size)]
     whole = None if crops else _interpolated(call, x, axes, mode, where, rounding)
     if whole is not None:
         return whole
@@ -201,8 +202,9 @@ def _places(call: Call, a: Axis, where: str) -> Tensor:
 
 
 def _above(length: float) -> float:
-    """A single output pixel comes from the first one."""
-    return length if not isinstance(length, float) or length > 0 else math.inf
+    """A single output pixel, of a length up to 1, comes from the first one: by no place divided."""
+    above: float = torch.sym_max(length, 1.0)
+    return above
 
 
 def _rounded(call: Call, place: Tensor, size: Size, how: str) -> Tensor:
