@@ -73,6 +73,12 @@ CASES: dict[str, tuple[int, str]] = {
         "t = Mul(x, c) g = Constant <value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]> () "
         "y = com.microsoft.SkipSimplifiedLayerNormalization(t, t, g) }",
     ),
+    "root mean square in the default domain": (
+        17,
+        "(float[n, 6] x) => (float[n, 6] y) { g = Constant <value_floats = "
+        "[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]> () "
+        "y = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001> (x, g) }",
+    ),
     "scaled product with a transposed matrix": (
         17,
         "(float[n, 6] x) => (float[n, m] y) { "
@@ -99,6 +105,22 @@ def test_as_onnx_runtime(name: str, tmp_path: Path) -> None:
         (have,) = program(x).values()
         assert have.numpy().dtype == want.dtype
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_an_operator_in_the_wrong_domain_and_data_elsewhere(tmp_path: Path) -> None:
+    """As ONNX Runtime's optimizer writes decoders."""
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 6] x) => (float[n, 6] y) '
+        "{ y = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001> (x, g) }"
+    )
+    model, path = onnx.parser.parse_model(text), tmp_path / "case.onnx"
+    gain = np.arange(1, 7, dtype=np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(gain, "g"))
+    onnx.save(model, path, save_as_external_data=True, location="data.bin", size_threshold=0)
+    x = torch.randn(4, 6)
+    (want,) = ort.InferenceSession(path).run(None, {"x": x.numpy()})
+    (have,) = qcompiler.capture(path).flat((x,))
+    np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_cast_to_strings_is_refused_with_the_node(tmp_path: Path) -> None:
