@@ -18,7 +18,7 @@ from qcompiler.data import read_data
 
 def with_data(command: Callable[..., object]) -> Callable[..., object]:
     """The options of a command that calibrates."""
-    kinds = "text, .npy, .safetensors, a folder of such files (one a tag), or `synthetic`"
+    kinds = "text, .npy, .npz, .safetensors, a folder of such files (one a tag), or `synthetic`"
     data = click.option("--data", type=Path, help=f"Calibration data: {kinds}.")
     batches = click.option("--batches", default=16, show_default=True, help="Batches of it to use.")
     return data(batches(command))

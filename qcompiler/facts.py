@@ -143,8 +143,8 @@ def measure(
                 continue
             if not bool(vectors.isfinite().all()):
                 raise BadInput(
-                    f"calibration meets NaN or infinite values at the input of {edge.name}"
-                    + (f" {with_tag(tag)}" if tag else "")
+                    f"calibration meets NaN or infinite values at the input of {edge.name}, in "
+                    f"data batch {count - 1}" + (f" {with_tag(tag)}" if tag else "")
                 )
             seen.add(edge.name, tag, vectors)
 

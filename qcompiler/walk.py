@@ -174,7 +174,7 @@ class _Step:
             for s in wanted.values()
         }
 
-        def look(site: Site, x: Tensor, counts: Tensor | None) -> None:
+        def look(site: Site, x: Tensor, counts: Tensor | None, number: int) -> None:
             if shared.get(site.id) != site.id or not x.numel():
                 return
             seen = vectors(site, x if site.kind.name == "conv" else rows(x, counts))
@@ -182,7 +182,8 @@ class _Step:
                 return
             if not bool(seen.isfinite().all()):
                 raise BadInput(
-                    f"calibration meets NaN or infinite values at the input of {site.id}"
+                    f"calibration meets NaN or infinite values at the input of {site.id}, in data "
+                    f"batch {number}"
                 )
             mine = found.setdefault(site.id, {})
             for name, kind in kinds.items():
@@ -190,8 +191,9 @@ class _Step:
                 mine[name] = mine[name].merge(new) if name in mine else new
 
         last = next(n for n in reversed(self._block.nodes) if n in wanted)
-        for values, counts in zip(self._state.rounded, self._walk.counts, strict=True):
-            self._run(values, look=partial(look, counts=counts), until=last)
+        pairs = zip(self._state.rounded, self._walk.counts, strict=True)
+        for number, (values, counts) in enumerate(pairs):
+            self._run(values, look=partial(look, counts=counts, number=number), until=last)
         return {id: found[same] for id, same in shared.items() if same in found}
 
     def _run(

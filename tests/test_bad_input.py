@@ -132,6 +132,9 @@ def test_refused_by_export(place: Path) -> None:
         (["--data", "none.txt"], "no data file"),
         (["--data", "empty.npy"], "holds no data"),
         (["--data", "noise.npy"], "is no .npy array"),
+        (["--data", "noise.npz"], "is no .npz file"),
+        (["--data", "pixels.npy"], "takes float32; found uint8. Write the values, scaled"),
+        (["--data", "other.npz"], "the model's inputs are ['input']"),
         (["--data", "text.txt"], "no tokenizer.json"),
     ],
 )
@@ -142,6 +145,9 @@ def test_bad_options(options: list[str], words: str, place: Path) -> None:
     (place / "keys.toml").write_text('[[passs]]\nname = "smooth"\n')
     np.save(place / "empty.npy", np.zeros((0, 8), dtype=np.float32))
     (place / "noise.npy").write_bytes(b"noise")
+    (place / "noise.npz").write_bytes(b"noise")
+    np.save(place / "pixels.npy", np.ones((4, 8), dtype=np.uint8))
+    np.savez(place / "other.npz", x=np.ones((4, 8), dtype=np.float32))
     (place / "text.txt").write_text("words")
     assert words in refused("compile", "factories:net", "-o", "out", *options)
     assert not (place / "out").exists()
@@ -159,9 +165,11 @@ def test_empty_data_in_python() -> None:
 
 def test_nan_in_calibration() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
-    bad = torch.full((2, 4), float("nan"))
-    with pytest.raises(BadInput, match="NaN or infinite values at the input of 0/linear"):
-        qcompiler.compile(model, torch.ones(2, 4), recipe="w8a8-static", data=[bad])
+    data = [torch.ones(2, 4), torch.full((2, 4), float("nan"))]
+    words = "NaN or infinite values at the input of 0/linear#0, in data batch 1"
+    for recipe in ("w8a8-static", "w4a16-gptq"):
+        with pytest.raises(BadInput, match=words):
+            qcompiler.compile(model, torch.ones(2, 4), recipe=recipe, data=data)
 
 
 def test_output_that_is_not_ours(place: Path) -> None:

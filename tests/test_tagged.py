@@ -206,6 +206,14 @@ def test_a_folder_is_dealt_by_turns(program: Program, folder: Path) -> None:
     assert tags(read_data(folder, program.io, None, 3)) == [one, other, one]
 
 
+def test_names_of_numpy(program: Program, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(16, 8))
+    np.savez(tmp_path / "data.npz", input=rows)
+    (first, second) = read_data(tmp_path / "data.npz", program.io, None)
+    found = torch.cat([first["input"], second["input"]])
+    assert torch.equal(found, torch.from_numpy(rows).float())
+
+
 def test_a_folder_calibrates(model: nn.Module, program: Program, folder: Path) -> None:
     data = read_data(folder, program.io, None)
     feed = [Tagged(b.tag, tuple(b.inputs.values())) for b in data]  # type: ignore[attr-defined]
@@ -244,6 +252,8 @@ def test_bad_folders(
     with pytest.raises(BadInput, match="holds no files"):
         read_data(empty, program.io, None)
     with pytest.raises(BadInput, match="holds 2 tags; expected at least as many batches, found 1"):
+        read_data(folder, program.io, None, 1)
+    with pytest.raises(BadInput, match=r"give --batches 2 or more, or .* into one \.npy"):
         read_data(folder, program.io, None, 1)
     np.save(folder / "t=0.npy", np.zeros((0, 8), dtype="f4"))
     with pytest.raises(BadInput, match=r"t=0\.npy holds no data"):
