@@ -50,7 +50,7 @@ from qcompiler.show.terminal import (
 )
 from qcompiler.spaces import KINDS
 from qcompiler.spaces import find as find_spaces
-from qcompiler.store import MANIFEST, Saved, read
+from qcompiler.store import MANIFEST, Saved, check_place, read
 
 
 class Commands(click.Group):
@@ -115,10 +115,15 @@ def compile_(
         passes = passes or str(load_recipe(recipe or DEFAULT))
         make_passes(passes)
     get_backend(backend)
+    check_place(output)  # … and a place that cannot be written to
     feed = calibration(model, data, batches)
     work = work or output.with_name(f"{output.name}.work")
     if work.is_dir() and not json_:
-        err.print(f"going on from what a run before has left in {work}", highlight=False)
+        # It is kept by program, data and what is measured: of other work nothing is used.
+        err.print(
+            f"{work} is from a run before: what was the same work there is not done again",
+            highlight=False,
+        )
     with progress(json_) as watch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", f".*{re.escape(RANDOM)}")  # told below
         compiled = compile_model(

@@ -61,10 +61,13 @@ def _onnx(artifact: str, output: Path, target: str, unsigned: bool) -> tuple[Res
     dialect = dialect_of(target, unsigned)  # wrong options fail before minutes of work
     from qcompiler.export.model import BYTES, to_model
     from qcompiler.export.notes import notes
-    from qcompiler.export.write import LIMIT, check_place, data_of, write_model
+    from qcompiler.export.write import LIMIT, check_ours, check_place, data_of, write_model
 
     check_place(output)
-    program = _open(artifact)[0]
+    check_ours(output)
+    program, origin = _open(artifact)
+    if output.exists() and Path(origin.place).exists() and output.samefile(origin.place):
+        raise BadInput(f"{output} is what {artifact} was made of; choose another name")
     model = to_model(program, dialect)
     write_model(model, output)
     size = int(model.metadata_props[BYTES])

@@ -114,6 +114,16 @@ def check_file(place: Path) -> None:
     """Refuse what can be no file, before the work whose result goes there."""
     if place.name == "" or (place.exists() and not place.is_file()):
         raise BadInput(f"{place} cannot be written: it is no file")
+    check_folder(place.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is a file, or would lie in one."""
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise BadInput(f"{place} is a file; expected a folder to write to; choose another")
 
 
 def write_whole(place: Path, text: str | bytes) -> None:

@@ -28,6 +28,7 @@ from qcompiler.backend import Artifact
 from qcompiler.capture import Source
 from qcompiler.codec import Json, decode_history, decode_program, encode_history, encode_program
 from qcompiler.errors import BadInput
+from qcompiler.keep import check_folder
 from qcompiler.program import Program, digest
 from qcompiler.version import __version__
 
@@ -75,12 +76,7 @@ class Saved:
 
 def save(program: Program, artifact: Artifact, about: About, folder: Path) -> Path:
     """Write a compilation to `folder`; the module docstring says what a failure leaves behind."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; expected a folder to write to")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise BadInput(
-            f"{folder} holds other files and no qcompiler artifact; choose another place"
-        )
+    check_place(folder)
     made = not folder.exists()
     content = folder / f"content-{secrets.token_hex(4)}"
     try:
@@ -98,6 +94,15 @@ def save(program: Program, artifact: Artifact, about: About, folder: Path) -> Pa
         if old != content:
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a `folder` that no compilation is written to."""
+    check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
+        raise BadInput(
+            f"{folder} holds other files and no qcompiler artifact; choose another place"
+        )
 
 
 def _is_ours(folder: Path) -> bool:

@@ -177,7 +177,11 @@ def test_output_that_is_not_ours(place: Path) -> None:
     (place / "full/thesis.txt").write_text("years of work")
     assert "holds other files" in refused("compile", "factories:net", "-o", "full")
     (place / "file").write_text("")
-    assert "is a file" in refused("compile", "factories:net", "-o", "file")
+    for name in ("file", "file/sub", "file/sub/deeper"):  # before the model is even looked for
+        assert "file is a file; expected a folder" in refused("compile", "none.onnx", "-o", name)
+    assert "file is a file; expected a folder" in refused(
+        "plan", "none.onnx", "--budget", "bytes=50%", "-o", "file/p.toml"
+    )
     assert (place / "full/thesis.txt").read_text() == "years of work"
 
 
@@ -206,6 +210,12 @@ def test_damaged_artifact(artifact: Path) -> None:
     for text in ("{", "[]", '{"format": 99}', manifest.replace(content.name, "../elsewhere")):
         (artifact / "qcompiler.json").write_text(text)
         assert "out" in refused("diff", "out")
+
+
+def test_a_page_in_a_file(artifact: Path) -> None:
+    (artifact.parent / "file").write_text("")
+    message = refused("diff", "out", "--html", "file/page.html")
+    assert "file is a file; expected a folder" in message
 
 
 def test_steps_and_nodes_that_are_not_there(artifact: Path) -> None:

@@ -136,6 +136,33 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
+def test_the_command_leaves_files_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*words: object) -> str:
+        result = CliRunner().invoke(main, ["export", *map(str, words)])
+        assert result.exit_code == 2, result.output
+        return " ".join(result.output.split())
+
+    module, x = torch.nn.Linear(48, 20), torch.randn(4, 48)
+    compiled = qcompiler.compile(module, x, passes="canonicalize{optional=true}")
+    source, other = compiled.export(tmp_path / "source.onnx"), tmp_path / "other.onnx"
+    before = source.read_bytes()
+    assert "source.onnx is what" in refused(source, "-o", source)
+    for foreign in (b"thesis", b""):
+        other.write_bytes(foreign)
+        assert "is no file that export wrote" in refused(source, "-o", other)
+        assert other.read_bytes() == foreign
+    other.unlink()
+
+    def denied(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(write.tempfile, "TemporaryDirectory", denied)
+    assert "cannot be written: Permission denied" in refused(source, "-o", other)
+    assert source.read_bytes() == before
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_artifacts_come_back(backend: str, tmp_path: Path) -> None:
     passes = "canonicalize{optional=true},assign{weight=int4:group16 head=same},quantize"
