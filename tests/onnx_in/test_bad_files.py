@@ -241,6 +241,17 @@ def test_unknown_operator(op: str, domain: str, path: Path) -> None:
     assert f"does not know: {op} (domain {domain or 'ai.onnx'!r}, node 'strange');" in text
 
 
+@pytest.mark.parametrize("op", ["Attention", "MultiHeadAttention", "EmbedLayerNormalization"])
+def test_a_fused_operator_says_how_to_go_without(op: str, path: Path) -> None:
+    write(path, [node("Abs", "x", "a"), node(op, "a", "y", domain="com.microsoft")])
+    model = onnx.load(path)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    path.write_bytes(model.SerializeToString())
+    text = " ".join(refused(path).split())
+    assert f"{op} (domain 'com.microsoft'" in text
+    assert "take the file from before it" in text and "without fusion" in text
+
+
 def _branches() -> dict[str, Any]:
     out = helper.make_tensor_value_info("b", FLOAT, [2, 3])
     graph = helper.make_graph([node("Relu", "x", "b")], "branch", [], [out])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.capture.onnx import ops as _ops  # fills the table
 from qcompiler.capture.onnx.functions import has_body
-from qcompiler.capture.onnx.table import OPERATORS
+from qcompiler.capture.onnx.table import MICROSOFT, OPERATORS
 from qcompiler.errors import BadInput
 
 del _ops
@@ -114,17 +114,23 @@ def refuse_unknown(nodes: Operators, path: Path) -> None:
     ]
     if len(words) > SHOWN:
         words = [*words[:SHOWN], f"and {len(words) - SHOWN} more"]
-    loops = any(op in CONTROL and not domain for domain, op in found)
-    cure = (
-        "control flow has no place in a program without branches; export the model with fixed ones"
-        if loops
-        else "export the model with standard operators"
-    )
+    cures = [cure for cure, is_one in CURES.items() if any(map(is_one, found))]
+    cure = "; ".join(cures) or "export the model with standard operators"
     raise BadInput(
         f"{path} uses operators that qcompiler does not know: {', '.join(words)}; {cure}"
     )
 
 
+CURES: dict[str, Callable[[tuple[str, str]], bool]] = {
+    "control flow has no place in a program without branches; export the model with fixed ones": (
+        lambda key: not key[0] and key[1] in CONTROL
+    ),
+    "operators of com.microsoft are mostly what an optimizer has fused: take the file from before "
+    "it, or let it write one without fusion (of attention, embeddings, Gemm)": lambda key: (
+        key[0] == MICROSOFT
+    ),
+}
+"""What to do, and for which operators."""
 SHOWN = 6
 """Operators that one message names."""
 
