@@ -20,6 +20,7 @@ from qcompiler.check import relative_error
 from qcompiler.cli import main
 from qcompiler.errors import QCompilerError
 from qcompiler.program import Program
+from qcompiler.registry import get_backend
 from qcompiler.samples import random_inputs
 from qcompiler.sites import sites
 
@@ -122,6 +123,25 @@ def test_the_plan_leaves_out_what_a_file_has_quantized(activation: str, tmp_path
     assert relative_error((want,), (made.artifact.run(inputs)[1],)) <= 1e-5
     both = qcompiler.compile(path, passes=f"{passes},adopt", backend="cpu")
     assert len(both.program.plan) == 2
+
+
+def test_a_rounding_that_the_plan_does_not_know_stays(tmp_path: Path) -> None:
+    """A kernel for weights alone would take the rounding of a file's activation for its own."""
+    path = tmp_path / "half.onnx"
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 64] x) => (float[N, 32] y) '
+        "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w) }"
+    )
+    weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    for name, value in {"s": np.float32(0.03), "z": np.uint8(120), "w": weight}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    onnx.save(model, path)
+    backend = get_backend("cpu")
+    backend.kernels = frozenset({"packed8"})
+    passes = "canonicalize,assign{weight=int8:channel head=same},quantize"
+    made = qcompiler.compile(path, passes=passes, backend=backend)
+    inputs = random_inputs(made.program.io, 5)
+    assert relative_error(made.program.flat(inputs), made.artifact.run(inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("pipeline", ["{}", "canonicalize,adopt,quantize"])
