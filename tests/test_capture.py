@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections import namedtuple
 from collections.abc import Callable
@@ -324,6 +325,42 @@ def test_a_size_that_the_model_fixes_is_named() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
     with pytest.raises(BadInput, match=r"Constraints violated \(t\)!; it suggests t = 12;"):
         qcompiler.capture(module, torch.randn(2, 12, 4), dynamic={"input": {1: "t"}})
+
+
+class Stepped(nn.Module):
+    """A recurrent layer by hand: a loop over the length, which is thereby a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.state = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], 6)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.inner(x[:, t]) + self.state(h))
+        return h
+
+
+class Rooted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x) / math.sqrt(x.shape[1])
+        return out
+
+
+@pytest.mark.parametrize("module", [Stepped(), Rooted()])
+def test_a_size_that_becomes_a_number_is_fixed(module: nn.Module) -> None:
+    program = qcompiler.capture(module, torch.randn(2, 8, 6))
+    assert program.io.ports[0].shape == ("batch", 8, 6) and [*program.io.dims] == ["batch"]
+    x = torch.randn(5, 8, 6)
+    torch.testing.assert_close(program(x), module(x))
+    with pytest.raises(BadInput, match=r"does not take shape \[2, 12, 6\]"):
+        program(torch.randn(2, 12, 6))
+    with pytest.raises(BadInput, match=r"Constraints violated \(s\)!; it suggests s = 8"):
+        qcompiler.capture(module, torch.randn(2, 8, 6), dynamic={"x": {0: "b", 1: "s"}})
 
 
 def test_dynamic_said_exactly() -> None:

@@ -19,6 +19,7 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from qcompiler import diff
@@ -157,10 +158,12 @@ def _signature(
         if isinstance(argument, SymIntArgument) or not isinstance(argument, TensorArgument):
             raise BadInput(f"input {argument.name!r} is no tensor; expected tensors or constants")
         value = copies[argument.name].meta["val"]
+        # A size that the model's code fixed late is still a symbol, whose value is a number.
+        sizes = [int(s) if is_concrete_int(s) else s for s in value.shape]
         named = axes[index] if axes else {}
-        if not named and value.ndim == 3 and isinstance(value.shape[1], int):
+        if not named and value.ndim == 3 and isinstance(sizes[1], int):
             named = {2: "sequence"}  # its channels come first
-        shape = tuple(_dim(s, axis, symbols, named) for axis, s in enumerate(value.shape))
+        shape = tuple(_dim(s, axis, symbols, named) for axis, s in enumerate(sizes))
         sample = example[index] if index < len(example) else None
         low, high = (0.0, 1.0)
         if isinstance(sample, Tensor) and sample.numel():
