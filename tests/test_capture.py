@@ -90,6 +90,37 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
 
 
+class Lazy(nn.Module):
+    """Makes a table in its first forward, and keeps what it last saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "table"):
+            self.table = torch.arange(64.0)[:, None]
+        if "row" not in self.cache:
+            self.cache["row"] = torch.arange(6.0)
+        self.last = self.layer(x)
+        return self.last + self.table[: x.shape[1]] * self.cache["row"]
+
+
+def test_attributes_of_forward_are_left_as_they_were() -> None:
+    """torch.export's tensors without values would stay in the user's module."""
+    model, example = Lazy(), torch.randn(2, 8, 6)
+    before = set(vars(model))
+    for _ in range(2):  # once without them, once with its own
+        program = qcompiler.capture(model, example)
+        assert set(vars(model)) == before and all(
+            type(x) is Tensor for x in [*model.cache.values(), *vars(model).values()]
+            if isinstance(x, Tensor)
+        )  # fmt: skip
+        torch.testing.assert_close(program(example), model(example))
+        before = set(vars(model))
+
+
 class Counter(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.leave import left
 from qcompiler.errors import BadInput
 from qcompiler.recurrent import recurrent_shapes
 
@@ -38,7 +39,7 @@ def export(
         names = list(inspect.signature(module.forward).parameters)[: len(positional)]
         by_name = dict(zip(names, positional, strict=True)) | shapes[1]  # type: ignore
     try:
-        with torch.no_grad(), recurrent_shapes(), _mask_as_given(module), _silence():
+        with torch.no_grad(), left(module), recurrent_shapes(), _mask_as_given(module), _silence():
             return torch.export.export(
                 module,
                 args,
