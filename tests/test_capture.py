@@ -394,6 +394,54 @@ def test_a_size_that_becomes_a_number_is_fixed(module: nn.Module) -> None:
         qcompiler.capture(module, torch.randn(2, 8, 6), dynamic={"x": {0: "b", 1: "s"}})
 
 
+class Best(nn.Module):
+    """A share of the tokens: torch.export makes a number of what Python computes with floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x).topk(int(x.shape[1] * 0.1), 1)[0]
+        return out
+
+
+class Smaller(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        size = int(x.shape[2] * 0.5), x.shape[3]
+        return nn.functional.interpolate(x, size=size)
+
+
+def test_a_number_computed_from_a_size_fixes_it(tmp_path: Path) -> None:
+    """The program runs at other lengths, even at those that random inputs have, and is wrong."""
+    module, example = Best(), torch.randn(2, 16, 6)
+    auto = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = torch.export.export(module, (example,), dynamic_shapes=(auto,))
+    torch.export.save(exported, tmp_path / "best.pt2")
+    for source in (module, exported, tmp_path / "best.pt2"):
+        program = qcompiler.capture(source, example)
+        assert program.io.ports[0].shape == ("batch", 16, 6)
+        assert "sequence stays 16 (axis 1 of x): a number" in program.history[0].notes[0]
+        x = torch.randn(5, 16, 6)
+        torch.testing.assert_close(program(x), module(x))
+    wanted = r"fixes: h stays 8 \(axis 2 of x\): a number .* an output has shape .*, the module's"
+    with pytest.raises(BadInput, match=wanted):
+        axes = {"x": {0: "b", 2: "h", 3: "w"}}
+        qcompiler.capture(Smaller(), torch.randn(2, 3, 8, 8), dynamic=axes)
+
+
+class Otherwise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.abs() if torch.compiler.is_exporting() else x * x
+
+
+def test_what_is_right_for_the_example_alone_is_told() -> None:
+    with pytest.warns(UserWarning, match="on other numbers than the example's"):
+        program = qcompiler.capture(Otherwise(), torch.tensor([[0.0, -1.0, 0.0], [0.0, 1.0, 0.0]]))
+    assert "does not do what the module does" in program.history[0].notes[-1]
+    assert [*program.io.dims] == ["batch"]  # which is not to blame
+
+
 def test_dynamic_said_exactly() -> None:
     model = nn.Linear(4, 3)
     fixed = qcompiler.capture(model, torch.ones(2, 4), dynamic=False)

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils import _pytree as pytree
 
+from qcompiler.capture.against import by_guards
 from qcompiler.capture.cached import AXES, cached, checked
+from qcompiler.capture.dynamic import fixed, stuck_dims
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.module import export_module
 from qcompiler.errors import BadInput
@@ -86,7 +89,7 @@ def open_model(
             raise BadInput("a torch module needs example_inputs: a tensor, a tuple or a mapping")
         return _export(model, Source("module", cache=cache), example_inputs, dynamic)
     if isinstance(model, torch.export.ExportedProgram) and not cache:
-        return from_exported(model), Source("exported"), _example_of(model, example_inputs)
+        return _as_guarded(model), Source("exported"), _example_of(model, example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
         raise BadInput(f"an exported program is {ALREADY}")
     path = Path(model)
@@ -105,7 +108,7 @@ def open_model(
     if path.suffix == ".pt2":
         exported = _load_pt2(path)
         source = Source("pt2", str(path.resolve()))
-        return from_exported(exported), source, _example_of(exported, example_inputs)
+        return _as_guarded(exported), source, _example_of(exported, example_inputs)
     if path.suffix == ".onnx":
         return _open_onnx(path, example_inputs, dynamic)
     raise BadInput(
@@ -141,6 +144,16 @@ def _open_onnx(
     except BadInput as error:
         raise BadInput(shortened(str(error), path)) from error
     return program, Source("onnx", str(path.resolve())), example
+
+
+def _as_guarded(exported: torch.export.ExportedProgram) -> Program:
+    """The program, with sizes fixed that torch's own guards fix by a number computed from them."""
+    program = from_exported(exported)
+    if exported.example_inputs is None:  # torch checks no guards then
+        return program
+    example = tuple(pytree.tree_leaves(exported.example_inputs))
+    stuck = stuck_dims(program, example, by_guards(exported))
+    return fixed(program, example, stuck) if stuck else program
 
 
 def _load_pt2(path: Path) -> torch.export.ExportedProgram:

@@ -7,7 +7,8 @@ two batches that meet behind a view, or a table of positions are seen when the p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -17,14 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.against import Judge, sizes_of
 from qcompiler.errors import first_line
-from qcompiler.io import Signature
+from qcompiler.io import Dim, Signature
 from qcompiler.program import Program
 from qcompiler.samples import Flat, drawn_sizes, random_inputs
 from qcompiler.shapes import propagate
 
 STEPS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128)
 """What the size of a dimension is tried to be a multiple of."""
+
+SMALL = 64
+"""Below it a size is also tried at three times as much."""
 
 
 Axes = frozenset[tuple[int, int]]
@@ -71,28 +76,92 @@ def _axes(x: Tensor, turned: bool) -> tuple[int, ...]:
     return (0, 1) if tokens or x.ndim == 3 else (0,) if x.ndim else ()
 
 
-def stuck_dims(program: Program, example: Flat) -> dict[str, str]:
-    """Dimension → why it is not dynamic after all."""
-    own = _sizes(program, example)
+def stuck_dims(program: Program, example: Flat, judge: Judge | None = None) -> dict[str, str]:
+    """Dimension → why it is not dynamic after all: the program fails at other sizes, or `judge`
+    says that what it computes there is wrong."""
+    own = sizes_of(program, example)
     found: dict[str, str] = {}
     for seed in (1, 2):
         sizes = drawn_sizes(program.io, seed)
-        if not own or not (together := _failure(program, sizes)):
-            continue
-        alone = {dim: _failure(program, {**own, dim: sizes[dim]}) for dim in own}
-        for dim in own:  # where each goes alone, they do not go together
-            if why := alone[dim] if any(alone.values()) else together:
-                found[dim] = f"{dim} stays {own[dim]}: at {sizes[dim]} the program fails, {why}"
-    return found
+        why = "at {} the program fails, {}"
+        found |= _blamed(program, own, sizes, partial(_failure, program), why)
+    if found or judge is None or not own:  # what fails is captured again, and judged then
+        return found
+    sizes = next((s for s in _others(program, own) if not _failure(program, s)), own)
+    wrong = partial(_wrong, program, judge)
+    if not wrong(sizes) or wrong(own):  # what differs at the example's own sizes is not their fault
+        return {}
+    why = "a number that is computed from it is baked in: at {}, {}"
+    return _blamed(program, own, sizes, wrong, why)
+
+
+def _blamed(
+    program: Program,
+    own: Mapping[str, int],
+    sizes: Mapping[str, int],
+    failure: Callable[[dict[str, int]], str],
+    why: str,
+) -> dict[str, str]:
+    """Dimensions whose `sizes` are the reason for a failure at all of them."""
+    if not own or not (together := failure(dict(sizes))):
+        return {}
+    alone = {dim: failure({**own, dim: sizes[dim]}) for dim in own}
+    # Where each goes alone, they do not go together.
+    texts = alone if any(alone.values()) else dict.fromkeys(own, together)
+    return {
+        dim: f"{dim} stays {own[dim]} ({_where(program, dim)}): {why.format(sizes[dim], text)}"
+        for dim, text in texts.items()
+        if text
+    }
+
+
+def _where(program: Program, dim: str) -> str:
+    """The first place of a dimension, as `axis 1 of x`."""
+    port = next(p for p in program.io.ports if dim in p.shape)
+    return f"axis {port.shape.index(dim)} of {port.name}"
+
+
+def _others(program: Program, own: Mapping[str, int]) -> Iterable[dict[str, int]]:
+    """Sizes that a number which is computed from the example's does not fit."""
+    small = drawn_sizes(program.io, 1)
+    # `int(0.1 * size)` is 1 from 10 to 19: small sizes are tried far from where they are.
+    bases = {d: own.get(d.rstrip("0123456789"), n) for d, n in own.items()}
+    far = {d: 3 * n + 1 if n < SMALL else small[d] for d, n in bases.items()}
+    return far, small, drawn_sizes(program.io, 2)
+
+
+def _wrong(program: Program, judge: Judge, sizes: dict[str, int]) -> str:
+    inputs = random_inputs(program.io, 1, sizes)
+    try:
+        outputs = program.flat(inputs)
+    except Exception:  # it fails, and is not wrong
+        return ""
+    return judge(program, inputs, outputs)
+
+
+def fixed(program: Program, example: Flat, stuck: Mapping[str, str]) -> Program:
+    """`program` whose `stuck` dimensions have the example's sizes, for a graph that cannot be
+    captured again; the reasons become notes."""
+    own: dict[Dim, Dim] = {d: n for d, n in sizes_of(program, example).items() if d in stuck}
+    ports = (replace(p, shape=tuple(own.get(d, d) for d in p.shape)) for p in program.io.ports)
+    dims = {d: bounds for d, bounds in program.io.dims.items() if d not in own}
+    steps = {d: step for d, step in program.io.steps.items() if d not in own}
+    first, *rest = program.history
+    history = (replace(first, notes=(*first.notes, *stuck.values())), *rest)
+    io = replace(program.io, ports=tuple(ports), dims=dims, steps=steps)
+    made = replace(program, io=io, history=history)
+    with suppress(Exception):  # shapes as symbols are right too
+        propagate(made)
+    return made
 
 
 def settled(program: Program, example: Flat) -> Program:
     """`program` with one name for dimensions that must have one size, with what sizes must be a
     multiple of, and with bounds: as runs at other sizes than the example's tell."""
-    own = _sizes(program, example)
+    own = sizes_of(program, example)
     named = made = _renamed(program, _one(program, own))
     if own and _fails(made):
-        made = replace(made, io=_bounded(made, _sizes(made, example)))
+        made = replace(made, io=_bounded(made, sizes_of(made, example)))
     for found in (made, named):
         if found is program or _fails(found):  # what still fails is captured again
             return found
@@ -191,17 +260,6 @@ def _renamed(program: Program, one: Mapping[str, str]) -> Program:
         for p in program.io.ports
     )
     return replace(program, io=replace(program.io, ports=tuple(ports), dims=bounds))
-
-
-def _sizes(program: Program, example: Flat) -> dict[str, int]:
-    """The size of each dynamic dimension in an example."""
-    return {
-        dim: x.shape[axis]
-        for port, x in zip(program.io.ports, example, strict=False)
-        if isinstance(x, Tensor)
-        for axis, dim in enumerate(port.shape)
-        if isinstance(dim, str)
-    }
 
 
 def _failure(program: Program, sizes: dict[str, int]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.leave import left
 from qcompiler.check import relative_error
 from qcompiler.program import Program
 from qcompiler.samples import random_inputs
@@ -53,7 +54,7 @@ def _without(
 ) -> list[object] | None:
     """What the module returns without the argument; None if it cannot be called like that."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), left(module):
             return pytree.tree_leaves(module(**{k: v for k, v in given.items() if k != name}))
     except Exception:  # whatever a model's own code raises when it is called in another way
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.against import by_numbers, told
 from qcompiler.capture.dynamic import (
     Axes,
     axes_of,
@@ -40,6 +41,7 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     with inference(module):
         kwargs = _without_cache(module, kwargs)
         program = _exported(module, args, kwargs, names, dynamic)
+        program = told(module, program, program.io.flatten(args, kwargs))
         found, required = fills(module, program), _required(module, program)
     return replace(program, io=replace(program.io, fills=found, required=required))
 
@@ -54,7 +56,7 @@ def _exported(
     call = (args, kwargs)
     if dynamic is not None and dynamic is not True:
         program = _exact(module, call, names, dynamic)
-        if stuck := stuck_dims(program, program.io.flatten(args, kwargs)):
+        if stuck := stuck_dims(program, program.io.flatten(args, kwargs), by_numbers(module)):
             raise BadInput(f"`dynamic` names what the model fixes: {'; '.join(stuck.values())}")
         return program
     refused, program = "", None
@@ -85,7 +87,7 @@ def _free(module: torch.nn.Module, call: object, names: tuple[str, ...], turned:
     while True:
         shapes = dynamic_shapes(wide, fixed, turned)
         program = from_exported(export(module, wide, shapes), names, "; ".join(notes))
-        stuck = stuck_dims(program, program.io.flatten(*wide))
+        stuck = stuck_dims(program, program.io.flatten(*wide), by_numbers(module))
         more = axes_of(program, stuck) - fixed
         if not more:
             return program
