@@ -386,6 +386,7 @@ class Rooted(nn.Module):
 def test_a_size_that_becomes_a_number_is_fixed(module: nn.Module) -> None:
     program = qcompiler.capture(module, torch.randn(2, 8, 6))
     assert program.io.ports[0].shape == ("batch", 8, 6) and [*program.io.dims] == ["batch"]
+    assert "sequence stays 8 (axis 1 of x): what the model" in program.history[0].notes[0]
     x = torch.randn(5, 8, 6)
     torch.testing.assert_close(program(x), module(x))
     with pytest.raises(BadInput, match=r"does not take shape \[2, 12, 6\]"):

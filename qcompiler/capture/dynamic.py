@@ -7,7 +7,7 @@ two batches that meet behind a view, or a table of positions are seen when the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -41,18 +41,47 @@ def dynamic_shapes(call: object, fixed: Axes, turned: bool) -> tuple[object, obj
     `turned`: of sequences that have their channels first."""
     flat, spec = pytree.tree_flatten(call)
     wanted = [
-        {axis: torch.export.Dim.AUTO for axis in _axes(x, turned) if (i, axis) not in fixed}
-        if isinstance(x, Tensor)
-        else None
-        for i, x in enumerate(flat)
+        dict.fromkeys(axes, torch.export.Dim.AUTO) if isinstance(x, Tensor) else None
+        for x, axes in zip(flat, wanted_axes(call, fixed, turned), strict=True)
     ]
     return pytree.tree_unflatten(wanted, spec)  # type: ignore[no-any-return]
+
+
+def wanted_axes(call: object, fixed: Axes, turned: bool) -> list[dict[int, str]]:
+    """The names of the axes for which `dynamic_shapes` asks."""
+    return [
+        {
+            axis: "sequence" if axis else "batch"
+            for axis in (_axes(x, turned) if isinstance(x, Tensor) else ())
+            if (i, axis) not in fixed
+        }
+        for i, x in enumerate(pytree.tree_leaves(call))
+    ]
 
 
 def axes_of(program: Program, dims: Collection[str]) -> Axes:
     """Where dimensions with these names are."""
     ports = enumerate(program.io.ports)
     return frozenset((i, axis) for i, p in ports for axis, d in enumerate(p.shape) if d in dims)
+
+
+def noted(program: Program, wanted: Sequence[Mapping[int, str]]) -> Program:
+    """`program` with notes of the axes that were to be dynamic, under these names, and are numbers
+    in the graph."""
+    notes = [
+        f"{name} stays {port.shape[axis]} (axis {axis} of {port.name}): what the model computes "
+        "makes a number of it"
+        for port, axes in zip(program.io.ports, wanted, strict=True)
+        for axis, name in axes.items()
+        if port.is_tensor and isinstance(port.shape[axis], int)
+    ]
+    return _with_notes(program, notes)
+
+
+def _with_notes(program: Program, notes: Iterable[str]) -> Program:
+    first, *rest = program.history
+    history = (replace(first, notes=(*first.notes, *notes)), *rest)
+    return replace(program, history=history)
 
 
 def two_or_more(x: Tensor, turned: bool) -> Tensor:
@@ -146,10 +175,8 @@ def fixed(program: Program, example: Flat, stuck: Mapping[str, str]) -> Program:
     ports = (replace(p, shape=tuple(own.get(d, d) for d in p.shape)) for p in program.io.ports)
     dims = {d: bounds for d, bounds in program.io.dims.items() if d not in own}
     steps = {d: step for d, step in program.io.steps.items() if d not in own}
-    first, *rest = program.history
-    history = (replace(first, notes=(*first.notes, *stuck.values())), *rest)
     io = replace(program.io, ports=tuple(ports), dims=dims, steps=steps)
-    made = replace(program, io=io, history=history)
+    made = _with_notes(replace(program, io=io), stuck.values())
     with suppress(Exception):  # shapes as symbols are right too
         propagate(made)
     return made

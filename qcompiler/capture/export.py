@@ -79,9 +79,9 @@ def _gathered(module: torch.nn.Module, shapes: tuple[object, ...]) -> tuple[obje
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """torch prints the graph of what it refuses, and warns of what an RNN does to its weights."""
+    """torch prints the graph of what it refuses, and warns of attributes that forward assigns."""
     with redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)
+        warnings.filterwarnings("ignore", ".*(was|were) assigned during export", UserWarning)
         yield
 
 

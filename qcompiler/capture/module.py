@@ -18,8 +18,10 @@ from qcompiler.capture.dynamic import (
     axes_of,
     dynamic_shapes,
     is_sequence,
+    noted,
     stuck_dims,
     two_or_more,
+    wanted_axes,
 )
 from qcompiler.capture.export import export
 from qcompiler.capture.exported import from_exported
@@ -90,7 +92,7 @@ def _free(module: torch.nn.Module, call: object, names: tuple[str, ...], turned:
         stuck = stuck_dims(program, program.io.flatten(*wide), by_numbers(module))
         more = axes_of(program, stuck) - fixed
         if not more:
-            return program
+            return noted(program, wanted_axes(wide, fixed, turned))
         fixed |= more
         notes += stuck.values()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.traceback import preserve_node_meta
 
-from qcompiler.capture.dynamic import stuck_dims
+from qcompiler.capture.dynamic import noted, stuck_dims
 from qcompiler.capture.export import apart
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.onnx.call import NeedsValue
@@ -76,7 +76,7 @@ def load_onnx(
         run_once(program, example)
         fixed = stuck_dims(program, example)
         if not fixed:
-            return program, example
+            return noted(program, open_), example
         stuck |= fixed
         open_ = without(open_, program, fixed)
 
