@@ -51,7 +51,12 @@ class Fold(Pass):
     ends: ClassVar[tuple[str, ...]] = ("maps",)
 
     def tolerance(self, facts: Facts) -> float:
-        return ROUNDING.get(facts.program.dtype, 1e-1)
+        """By the coarsest type that something is stored in: most may be held in another."""
+        program = facts.program
+        made = (n for n in program.weights if n.op == "call_function")
+        read = (n for n in made if not program.weights.issuperset(n.users))
+        types = {n.meta["val"].dtype for n in read} or {program.dtype}
+        return max((ROUNDING.get(d, 1e-1) for d in types if d.is_floating_point), default=1e-1)
 
     def run(self, edit: Edit, facts: Facts) -> None:
         read = {site.weight for site in sites(edit.nodes)}

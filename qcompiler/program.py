@@ -163,10 +163,11 @@ class Program:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating point type in which most parameters are held."""
+        """The floating point type in which most parameters are held, but maps that passes made:
+        these are wider than what they will be folded into."""
         count: dict[torch.dtype, int] = {}
-        for t in self.params.values():
-            if t.is_floating_point():
+        for name, t in self.params.items():
+            if t.is_floating_point() and name not in self.maps:
                 count[t.dtype] = count.get(t.dtype, 0) + t.numel()
         return max(count, key=lambda d: count[d]) if count else torch.float32
 

@@ -121,6 +121,30 @@ def test_fold_leaves_stored_weights_only(captured: Captured) -> None:
     assert not any(name.startswith("smooth") for name in program.params)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_fold_is_judged_by_what_it_stores(wide: bool) -> None:
+    """Maps are in float64 until they are folded, and more than the weights of a narrow model; so
+    may a layer be that is not touched."""
+
+    class Narrow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm = torch.nn.Linear(3, 64), torch.nn.RMSNorm(64)
+            self.down = torch.nn.Linear(64, 3)
+            self.last = torch.nn.Linear(3, 400).double() if wide else torch.nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.down(self.norm(self.up(x)))
+            out: torch.Tensor = self.last(y.double()).float() if wide else y
+            return out
+
+    program = qcompiler.capture(Narrow(), torch.randn(6, 3))
+    rotated = run(program, "canonicalize,absorb_norms,rotate")
+    assert rotated.params["rotate.1"].dtype == torch.float64
+    assert rotated.dtype == (torch.float64 if wide else torch.float32)
+    assert 1e-12 < run(rotated, "fold").history[-1].metrics["error"] < 1e-5
+
+
 def test_assign_options(captured: Captured) -> None:
     program = run(
         captured("llama")[2],
