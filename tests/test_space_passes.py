@@ -894,3 +894,26 @@ def test_equalize_and_rotate_name_the_norms_of_a_post_norm_model(captured: Captu
     assert sizes == {12: 2, 80: 2}
     assert norms | {"embeddings.LayerNorm/layer_norm#0"} <= {r.nodes[0] for r in record.skipped}
     assert runtime(run(program, "rotate{online=true}"))["qc.hadamard"] == 2
+
+
+class Added(torch.nn.Module):
+    """A product and what is added to it: a matrix, as in a residual, or a vector."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+        self.weight, self.rows = torch.nn.Parameter(torch.randn(8, 8)), rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        y = torch.addmm(h if self.rows else self.first.bias, h, self.weight)
+        out: torch.Tensor = self.last(y + torch.baddbmm(y, h[None], self.weight[None])[0])
+        return out
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_what_is_added_to_a_product_may_have_fewer_axes(rows: bool) -> None:
+    program = qcompiler.capture(Added(rows), torch.randn(6, 8))
+    program = run(program, "canonicalize{optional=true},equalize{optional=true}")
+    for verified in qcompiler.verify(program):
+        assert verified.error <= 1e-9, verified.space

@@ -21,8 +21,8 @@ PRODUCTS: dict[object, tuple[str, ...]] = {
     aten.linear.default: ("0:* k, 1:n k -> * n", "2:n -> * n"),
     aten.mm.default: ("0:m k, 1:k n -> m n",),
     aten.bmm.default: ("0:b m k, 1:b k n -> b m n",),
-    aten.addmm.default: ("1:m k, 2:k n -> m n", "0:n -> m n"),
-    aten.baddbmm.default: ("1:b m k, 2:b k n -> b m n", "0:b m n -> b m n"),
+    aten.addmm.default: ("1:m k, 2:k n -> m n", "0:* n -> * n"),
+    aten.baddbmm.default: ("1:b m k, 2:b k n -> b m n", "0:* n -> * n"),
     aten.embedding.default: ("0:!r d -> !* d",),
 }
 """Operator → summands; `n:` is the number of the argument."""
