@@ -225,6 +225,10 @@ class Signature:
             raise BadInput(f"input {port} is a tensor; found {type(value).__name__}")
         if value.dtype != port.dtype:
             raise BadInput(f"input {port}: found {value.dtype}. Convert it with .to({port.dtype})")
+        meta = value.device.type == "meta"
+        if meta or value.layout != torch.strided:
+            found = "one without values, on the meta device" if meta else "a sparse one"
+            raise BadInput(f"input {port} is a dense tensor; found {found}")
         fits = value.ndim == len(port.shape)
         for want, have in zip(port.shape, value.shape, strict=False):
             if isinstance(want, int):

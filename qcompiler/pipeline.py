@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from qcompiler.check import Checker, Verdict, sqnr_db
 from qcompiler.diff import Diff, diff, fingerprint, snapshot
@@ -23,7 +24,7 @@ from qcompiler.history import Effect, Reason, Step
 from qcompiler.keep import Keep
 from qcompiler.order import check_order
 from qcompiler.passbase import Pass
-from qcompiler.program import Program, digest
+from qcompiler.program import Program, digest, node_id
 from qcompiler.samples import Flat, check_inputs, synthetic_data
 from qcompiler.tagged import Tagged, apart, untag
 from qcompiler.version import __version__
@@ -232,6 +233,18 @@ def _refuse_silent_changes(step: Pass, change: Diff, touched: set[str]) -> None:
         )
 
 
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers: dropout does in training alone, attention with some."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    known = target._schema.arguments
+    given = {a.name: a.default_value for a in known if a.has_default_value()}
+    given |= {a.name: v for a, v in zip(known, node.args, strict=False)} | dict(node.kwargs)
+    never = any(given.get(n, 1) == 0 for n in ("dropout_p", "dropout", "p", "train", "training"))
+    return torch.Tag.nondeterministic_seeded in target.tags and not never
+
+
 def _guilty(
     step: Pass,
     full: _Attempt,
@@ -240,6 +253,13 @@ def _guilty(
     tell: Callable[..., None],
 ) -> PassError:
     """The error that names the first edit that breaks the promise."""
+    if drawn := [node_id(n) for n in full.program.nodes if _draws(n)]:
+        return PassError(
+            f"the model draws random numbers, at {', '.join(drawn[:3])}: equal inputs give other "
+            f"outputs each time, and what pass {step.name!r} promises cannot be checked. Leave "
+            "them out in evaluation mode, or make them an input",
+            nodes=tuple(drawn),
+        )
     if not full.edits:
         return PassError(f"pass {step.name!r} broke its promise without an edit")
     guilty = _off_by_themselves(full, limit) if step.effect is Effect.LOWER else []

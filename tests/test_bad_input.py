@@ -10,14 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 import qcompiler
-from qcompiler import BadInput
+from qcompiler import BadInput, QCompilerError
 from qcompiler.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,3 +270,70 @@ def test_a_kill_leaves_a_whole_artifact(artifact: Path) -> None:
         assert qcompiler.load(artifact)(torch.zeros(2, 8)).shape == (2, 8)
     call("compile", "factories:net", "-o", "out")  # and the next save cleans up
     assert len(list(artifact.glob("content-*"))) == 1
+
+
+def drawing(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.dropout(x, 0.5)
+
+
+class Applied(nn.Module):
+    """A layer, and a function of what it makes."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "words"),
+    [
+        (torch.jit.trace(nn.Linear(4, 4), torch.ones(2, 4)), None, "the nn.Module that it was"),
+        (nn.Linear(4, 4, device="meta"), None, "'weight' is on the meta device and has no values"),
+        (nn.Sequential(nn.LazyLinear(4)), None, "'0.weight' is not initialized yet; run the"),
+        (nn.Embedding(9, 4, max_norm=1.0), None, r"max_norm=1\.0, which writes into its weight"),
+        (nn.Linear(4, 4), torch.ones(2, 4, dtype=torch.complex64), r"input \[0\] is complex"),
+        (nn.Linear(4, 4), torch.ones(2, 4, device="meta"), "on the meta device, without values"),
+        (nn.Linear(4, 4), torch.ones(2, 4).to_sparse(), "sparse; expected dense real tensors"),
+        (nn.Sequential(Applied(drawing)), None, "draws random numbers, at 0/dropout#0: equal"),
+    ],
+)
+def test_models_and_examples_that_cannot_be(
+    model: nn.Module, example: torch.Tensor | None, words: str
+) -> None:
+    example = torch.ones(2, 4) if example is None else example
+    with pytest.raises(QCompilerError, match=words):
+        qcompiler.compile(model, example, passes="canonicalize{optional=true}")
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "words"),
+    [
+        ("yes", "a mapping such as .*; found 'yes'"),
+        ({"x": [0]}, r"of 'x' is a mapping from axes to names, .*; found \[0\]"),
+        ({"x": {0: "a b"}}, "calls a dimension 'a b'; expected a name of letters"),
+        ({"x": {7: "b"}}, r"names axis 7 of 'x', which has shape \[2, 3, 4\]"),
+        ({"x": {1: "s", -2: "t"}}, "names axis 1 of 'x' 's' and 't'; expected one name"),
+    ],
+)
+def test_dynamic_that_cannot_be(dynamic: Any, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        qcompiler.capture(Applied(), torch.ones(2, 3, 4), dynamic=dynamic)
+
+
+def test_axes_may_be_counted_from_the_end() -> None:
+    program = qcompiler.capture(Applied(), torch.ones(2, 3, 4), dynamic={"x": {-2: "s"}})
+    assert program.io.ports[0].shape == (2, "s", 4)
+
+
+def test_calls_with_tensors_without_values(capfd: pytest.CaptureFixture[str]) -> None:
+    program = qcompiler.capture(Applied(), torch.ones(2, 4))
+    with pytest.raises(BadInput, match="a dense tensor; found one without values, on the meta"):
+        program(torch.ones(2, 4, device="meta"))
+    with pytest.raises(BadInput, match="a dense tensor; found a sparse one"):
+        program(torch.ones(2, 4).to_sparse())
+    with pytest.raises(BadInput, match="a and b must have same reduction dim"):
+        qcompiler.capture(Applied(), torch.ones(2, 5))
+    assert "Traceback" not in capfd.readouterr().err

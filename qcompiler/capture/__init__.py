@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.capture.against import by_guards
 from qcompiler.capture.cached import AXES, cached, checked
+from qcompiler.capture.checks import check_dynamic
 from qcompiler.capture.dynamic import fixed, stuck_dims
 from qcompiler.capture.exported import from_exported
 from qcompiler.capture.module import export_module
@@ -80,6 +81,7 @@ def open_model(
     model: Model, example_inputs: object = None, *, dynamic: Dynamic = None, cache: bool = False
 ) -> tuple[Program, Source, object]:
     """Like `capture`, and also tell the source and the example inputs that were used."""
+    check_dynamic(dynamic)
     if cache and dynamic is not None:
         raise BadInput(
             "with cache=True the batch, the tokens and the past are dynamic; leave out `dynamic`"

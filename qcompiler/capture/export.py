@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -80,9 +81,14 @@ def _gathered(module: torch.nn.Module, shapes: tuple[object, ...]) -> tuple[obje
 @contextmanager
 def _silence() -> Iterator[None]:
     """torch prints the graph of what it refuses, and warns of attributes that forward assigns."""
+    logged = logging.root.manager.disable
     with redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(was|were) assigned during export", UserWarning)
-        yield
+        logging.disable(max(logged, logging.ERROR))  # a log has kept the stream of its own
+        try:
+            yield
+        finally:
+            logging.disable(logged)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qcompiler.capture.against import by_numbers, told
+from qcompiler.capture.checks import check_example, check_module, check_names, counted
 from qcompiler.capture.dynamic import (
     Axes,
     axes_of,
@@ -38,6 +39,8 @@ SUGGESTED = r"^\s*(\w+) = Dim\('\w+'(.*)\)$"
 def export_module(module: torch.nn.Module, example_inputs: object, dynamic: object) -> Program:
     """`torch.export` of `module` in evaluation mode; the module is left as it was."""
     args, kwargs = as_call(example_inputs)
+    check_module(module)
+    check_example((args, kwargs))
     check_finite(dict(module.named_parameters()))
     names = _forward_names(module, len(args))
     with inference(module):
@@ -141,6 +144,9 @@ def _exact_shapes(
     given = [*names[: len(args)], *kwargs]
     if unknown := [n for n in wanted if n not in given]:
         raise BadInput(f"dynamic names {unknown}, but the example inputs are {given}")
+    check_names(wanted)
+    pairs = [*zip(names, args, strict=False), *kwargs.items()]
+    wanted = {n: counted(n, wanted[n], value) for n, value in pairs if n in wanted}
     every = {d for axes in wanted.values() for d in axes.values()}
     dims = {d: torch.export.Dim(d, **bounds.get(d, {})) for d in every}
 
@@ -150,8 +156,7 @@ def _exact_shapes(
         return pytree.tree_map(lambda v: axes if isinstance(v, Tensor) else None, value)
 
     positional = tuple(shape(n, a) for n, a in zip(names, args, strict=False))
-    values = [*zip(names, args, strict=False), *kwargs.items()]
-    axes = [wanted.get(name, {}) for name, value in values for _ in pytree.tree_leaves(value)]
+    axes = [wanted.get(name, {}) for name, value in pairs for _ in pytree.tree_leaves(value)]
     return (positional, {k: shape(k, v) for k, v in kwargs.items()}), axes
 
 

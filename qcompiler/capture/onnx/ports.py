@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
+from qcompiler.capture.checks import counted
 from qcompiler.capture.onnx.interpret import model_inputs
 from qcompiler.errors import BadInput
 from qcompiler.io import Port
@@ -32,7 +33,8 @@ def open_axes(model: ir.Model, example: Sequence[Tensor], dynamic: object) -> li
     names = [str(v.name) for v in model_inputs(model)]
     if unknown := [n for n in dynamic if n not in names]:
         raise BadInput(f"dynamic names {unknown}, but the inputs of the model are {names}")
-    return [dict(dynamic.get(name, {})) for name in names]
+    pairs = zip(names, example, strict=True)
+    return [counted(name, dynamic.get(name, {}), x) for name, x in pairs]
 
 
 def without(open_: Sequence[Axes], program: Program, fixed: Collection[str]) -> list[Axes]:
