@@ -61,7 +61,7 @@ class Assign(Pass):
             used |= {number} if number is not None else set()
             scheme = fit(site, weight, activation)
             if scheme.weight is None and scheme.activation is None:
-                edit.skip(site.node, "stays in floating point, as the options say")
+                edit.skip(site.node, self._why(site, number))
                 continue
             edit.spend(f"{scheme}", site.node)
             edit.assign(site.node, scheme)
@@ -71,6 +71,14 @@ class Assign(Pass):
         for number, (pattern, *_) in enumerate(rules):
             if number not in used:
                 raise BadInput(f"assign: exception {pattern!r} matches no site; see `inspect`")
+
+    def _why(self, site: Site, number: int | None) -> str:
+        if number is None and site.kind.x is not None and self.head == FLOAT and is_head(site.node):
+            return (
+                "is taken for the head, the last layer before an output, which stays in floating "
+                "point; write assign{head=same} to treat it like all others"
+            )
+        return "stays in floating point, as the options say"
 
     def _others(self, edit: Edit) -> None:
         """Say what stays in floating point since no format is made for its operator."""

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import qcompiler
-from qcompiler import BadInput, QCompilerError
+from qcompiler import BadInput, PassError, QCompilerError
 from qcompiler.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -337,3 +337,8 @@ def test_calls_with_tensors_without_values(capfd: pytest.CaptureFixture[str]) ->
     with pytest.raises(BadInput, match="a and b must have same reduction dim"):
         qcompiler.capture(Applied(), torch.ones(2, 5))
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_single_layer_is_the_head() -> None:
+    with pytest.raises(PassError, match=r"is taken for the head, .* write assign\{head=same\}"):
+        qcompiler.compile(nn.Linear(4, 4), torch.ones(2, 4), recipe="w8a8-dynamic")
