@@ -81,14 +81,22 @@ def _gathered(module: torch.nn.Module, shapes: tuple[object, ...]) -> tuple[obje
 @contextmanager
 def _silence() -> Iterator[None]:
     """torch prints the graph of what it refuses, and warns of attributes that forward assigns."""
-    logged = logging.root.manager.disable
+    loggers = [v for k, v in logging.root.manager.loggerDict.items() if k.startswith("torch")]
+    # Handlers have kept stderr as it was.
+    handlers = [h for v in loggers if isinstance(v, logging.Logger) for h in v.handlers]
     with redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(was|were) assigned during export", UserWarning)
-        logging.disable(max(logged, logging.ERROR))  # a log has kept the stream of its own
+        for handler in handlers:
+            handler.addFilter(_nothing)
         try:
             yield
         finally:
-            logging.disable(logged)
+            for handler in handlers:
+                handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 @contextmanager
