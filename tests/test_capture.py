@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from threading import Event, Thread
 
@@ -691,3 +692,57 @@ def test_one_tensor_for_several_inputs_is_several_inputs() -> None:
     given = (x, x + 1, {"z": x + 2})
     torch.testing.assert_close(program(*given), model(*given))
     assert program.io.dims.keys() == {"batch"}
+
+
+class Table:
+    """Of positions, made when it is first read."""
+
+    def __init__(self) -> None:
+        self.made: torch.Tensor | None = None
+
+    def rows(self, count: int) -> torch.Tensor:
+        if self.made is None:
+            self.made = torch.arange(64.0)[:, None]
+        return self.made[:count]
+
+
+class Holds(torch.nn.Module):
+    """Has what its forward makes in `held`: in dictionaries of each other, or an object."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.linear, self.held = torch.nn.Linear(8, 8), held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.held, Table):
+            return self.linear(x) + self.held.rows(x.shape[1])  # type: ignore[no-any-return]
+        inner = next(iter(self.held.values()))  # type: ignore[attr-defined]
+        if "made" not in inner:
+            inner["made"] = torch.arange(64.0)[:, None]
+        return self.linear(x) + inner["made"][: x.shape[1]]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("held", [Table(), {"a": {}}, {"a": OrderedDict()}])
+def test_what_a_forward_makes_deeper_in_a_module_does_not_stay(held: object) -> None:
+    module, x = Holds(held), torch.randn(2, 6, 8)
+    program = qcompiler.capture(module, x)
+    assert program.io.ports[0].shape == ("batch", "sequence", 8)
+    assert type(module(x)) is torch.Tensor
+    torch.testing.assert_close(program(x), module(x))
+
+
+@lru_cache
+def _table() -> torch.Tensor:
+    return torch.arange(64.0)[:, None]
+
+
+def test_a_module_that_torch_export_has_broken_is_no_measure() -> None:
+    class Cached(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + _table()[: x.shape[1]]
+
+    _table.cache_clear()
+    try:
+        assert qcompiler.capture(Cached(), torch.randn(2, 6, 8)).io.ports[0].shape[1] == "sequence"
+    finally:
+        _table.cache_clear()

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from qcompiler.capture.leave import left
@@ -120,11 +121,13 @@ def _eager(module: torch.nn.Module, program: Program, inputs: Flat) -> list[obje
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), left(module), torch.random.fork_rng(devices=[]):
-            return pytree.tree_leaves(module(*args, **kwargs))
+            found = pytree.tree_leaves(module(*args, **kwargs))
     except Exception:  # whatever a model's own code raises
         return None
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+    # A table that torch.export left in a cache outside the module has no values.
+    return None if any(isinstance(x, FakeTensor) for x in found) else found
 
 
 def _apart(wanted: list[object], outputs: Flat) -> tuple[float, float]:

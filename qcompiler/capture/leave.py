@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,9 +15,7 @@ import torch
 def left(module: torch.nn.Module) -> Iterator[None]:
     """Attributes that are first made in `forward`, such as a table of positions, would stay in the
     user's module as torch.export's tensors without values, and break it."""
-    spaces = [vars(m) for m in module.modules()]
-    inner = [v for space in spaces for v in space.values() if type(v) in (dict, list, set)]
-    was = [(held, held.copy()) for held in [*spaces, *inner]]
+    was = [(held, held.copy()) for held in _containers(module)]
     try:
         yield
     finally:
@@ -23,8 +23,26 @@ def left(module: torch.nn.Module) -> Iterator[None]:
             _restore(held, before)
 
 
+def _containers(module: torch.nn.Module) -> list[Any]:
+    """All that a module holds things in, also inside each other, and in objects of its own."""
+    found: dict[int, Any] = {}
+    todo: list[object] = [vars(m) for m in module.modules()]
+    while todo:
+        x = todo.pop()
+        if id(x) in found or isinstance(x, (torch.nn.Module, torch.Tensor, type, ModuleType)):
+            continue
+        if isinstance(x, (dict, list, set, deque)):
+            found[id(x)] = x
+            todo += x.values() if isinstance(x, dict) else x
+        elif isinstance(x, tuple):
+            todo += x
+        elif isinstance(space := getattr(x, "__dict__", None), dict):
+            todo.append(space)
+    return [*found.values()]
+
+
 def _restore(held: Any, before: Any) -> None:
-    """The contents of a dictionary, list or set, where something in it is another than before."""
+    """The contents of a dictionary, list, deque or set, where something in it is another than before."""
     if len(held) == len(before) and all(
         a is b for a, b in zip(_all(held), _all(before), strict=True)
     ):
@@ -33,7 +51,10 @@ def _restore(held: Any, before: Any) -> None:
         held[:] = before
         return
     held.clear()
-    held.update(before)
+    if isinstance(held, deque):
+        held.extend(before)
+    else:
+        held.update(before)
 
 
 def _all(held: Any) -> list[object]:
