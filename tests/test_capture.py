@@ -746,3 +746,13 @@ def test_a_module_that_torch_export_has_broken_is_no_measure() -> None:
         assert qcompiler.capture(Cached(), torch.randn(2, 6, 8)).io.ports[0].shape[1] == "sequence"
     finally:
         _table.cache_clear()
+
+
+def test_guards_that_leave_out_single_sizes_fix_none() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 4, 1)).eval()
+    auto = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=(auto,))
+    program = qcompiler.capture(exported)
+    assert program.io.ports[0].shape == ("batch", 3, "dim2", "dim3")
+    x = torch.randn(3, 3, 5, 7)
+    torch.testing.assert_close(program(x), model(x))
