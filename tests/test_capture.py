@@ -756,3 +756,11 @@ def test_guards_that_leave_out_single_sizes_fix_none() -> None:
     assert program.io.ports[0].shape == ("batch", 3, "dim2", "dim3")
     x = torch.randn(3, 3, 5, 7)
     torch.testing.assert_close(program(x), model(x))
+
+
+def test_a_traced_part_and_a_max_norm_that_is_no_embeddings_are_captured() -> None:
+    x = torch.randn(2, 6, 8)
+    model = nn.Sequential(torch.jit.trace(nn.Linear(8, 8), x), nn.ReLU())
+    model.max_norm = 1.0  # type: ignore[assignment]
+    program, more = qcompiler.capture(model, x), torch.randn(3, 9, 8)
+    torch.testing.assert_close(program(more), model(more))

@@ -17,12 +17,15 @@ DYNAMIC = '{"x": {0: "batch", 1: "sequence"}}'
 def check_module(module: torch.nn.Module) -> None:
     """Refuse modules that cannot be exported, or would write into their weights."""
     for path, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
+        # What was traced runs under torch.export as it is, but for the model itself.
+        traced = path and isinstance(part, torch.jit.TracedModule)
+        if isinstance(part, torch.jit.ScriptModule) and not traced:
             raise BadInput(
                 f"{path or 'the model'} is a TorchScript module, which has no Python code to "
                 "export; hand over the nn.Module that it was scripted or traced from"
             )
-        if getattr(part, "max_norm", None) is not None:
+        tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        if isinstance(part, tables) and part.max_norm is not None:
             raise BadInput(
                 f"{path or 'the model'} is an embedding with max_norm={part.max_norm}, which "
                 "writes into its weight while it runs; expected a function without state. Rescale "

@@ -42,7 +42,7 @@ def _containers(module: torch.nn.Module) -> list[Any]:
 
 
 def _restore(held: Any, before: Any) -> None:
-    """The contents of a dictionary, list, deque or set, where something in it is another than before."""
+    """The contents of a container, where something in it is another than before."""
     if len(held) == len(before) and all(
         a is b for a, b in zip(_all(held), _all(before), strict=True)
     ):
