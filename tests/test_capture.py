@@ -764,3 +764,16 @@ def test_a_traced_part_and_a_max_norm_that_is_no_embeddings_are_captured() -> No
     model.max_norm = 1.0  # type: ignore[assignment]
     program, more = qcompiler.capture(model, x), torch.randn(3, 9, 8)
     torch.testing.assert_close(program(more), model(more))
+
+
+def test_a_module_under_torch_compile_is_not_compiled() -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    compiled: list[torch.fx.GraphModule] = []
+    model = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend=backend)
+    qcompiler.capture(model, torch.randn(2, 6, 8))
+    assert not compiled
+    model(torch.randn(2, 6, 8))
+    assert compiled

@@ -121,8 +121,9 @@ def _eager(module: torch.nn.Module, program: Program, inputs: Flat) -> list[obje
     own = (x.clone() if isinstance(x, Tensor) else x for x in inputs)  # it may write into them
     args, kwargs = pytree.tree_unflatten(own, program.io.in_spec)
     torch.backends.mha.set_fastpath_enabled(False)
+    plain = torch.compiler.set_stance("force_eager")  # compiling would take minutes
     try:
-        with torch.no_grad(), left(module), torch.random.fork_rng(devices=[]):
+        with plain, torch.no_grad(), left(module), torch.random.fork_rng(devices=[]):
             found = pytree.tree_leaves(module(*args, **kwargs))
     except Exception:  # whatever a model's own code raises
         return None
