@@ -30,6 +30,8 @@ STEPS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128)
 
 SMALL = 64
 """Below it a size is also tried at three times as much."""
+FEW = 8
+"""The same of a batch: three times as many images would take minutes."""
 
 
 Axes = frozenset[tuple[int, int]]
@@ -155,7 +157,10 @@ def _others(program: Program, own: Mapping[str, int]) -> Iterable[dict[str, int]
     small = drawn_sizes(program.io, 1)
     # `int(0.1 * size)` is 1 from 10 to 19: small sizes are tried far from where they are.
     bases = {d: own.get(d.rstrip("0123456789"), n) for d, n in own.items()}
-    far = {d: 3 * n + 1 if n < SMALL else small[d] for d, n in bases.items()}
+    far = {
+        d: 3 * n + 1 if n < (FEW if d.startswith("batch") else SMALL) else small[d]
+        for d, n in bases.items()
+    }
     return far, small, drawn_sizes(program.io, 2)
 
 
