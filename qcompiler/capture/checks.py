@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.jit._trace import TracedModule
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -18,7 +19,7 @@ def check_module(module: torch.nn.Module) -> None:
     """Refuse modules that cannot be exported, or would write into their weights."""
     for path, part in module.named_modules():
         # What was traced runs under torch.export as it is, but for the model itself.
-        traced = path and isinstance(part, torch.jit.TracedModule)
+        traced = path and isinstance(part, TracedModule)
         if isinstance(part, torch.jit.ScriptModule) and not traced:
             raise BadInput(
                 f"{path or 'the model'} is a TorchScript module, which has no Python code to "
