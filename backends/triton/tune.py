@@ -28,6 +28,9 @@ CACHES = 2
 APART = 1e-2
 """How far two tiles' results may be apart, as a share of one: sums are added in other orders."""
 
+AT_ONCE = 1 << 22
+"""Numbers of a result that are compared at once: all of them might take what memory is left."""
+
 SMALL = 1 << 20
 """Bytes of a weight for which compiling the candidates would take longer than they could save."""
 
@@ -157,11 +160,15 @@ def agree(found: object, wanted: object) -> bool:
     """Whether two runs gave the same numbers, but for the order in which sums are added."""
     if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
         return True
-    a, b = found.float(), wanted.float()
-    there = b.isfinite()
-    if not bool(a[there].isfinite().all()):
-        return False
-    return bool((a - b)[there].norm() <= APART * b[there].norm())
+    gap = norm = torch.zeros((), dtype=torch.float64, device=wanted.device)
+    pairs = (x.flatten().split(AT_ONCE) for x in (found, wanted))
+    for part, other in zip(*pairs, strict=True):
+        a, b = part.double(), other.double()
+        there = b.isfinite()
+        # What is not finite in `found` alone makes the gap so.
+        gap = gap + torch.where(there, a - b, 0.0).square().sum()
+        norm = norm + torch.where(there, b, 0.0).square().sum()
+    return bool(gap <= APART**2 * norm)
 
 
 def _spoil(result: object) -> None:

@@ -36,7 +36,7 @@ load_operators()
 
 from qcompiler.backends.triton import attention, cache, decoded, scaled  # noqa: E402
 from qcompiler.backends.triton.hadamard import factor  # noqa: E402
-from qcompiler.backends.triton.tune import Config, agree  # noqa: E402
+from qcompiler.backends.triton.tune import AT_ONCE, Config, agree  # noqa: E402
 
 OPS = torch.ops.qc_triton
 CLOSE = 1e-4
@@ -307,6 +307,9 @@ def test_a_tile_that_is_wrong_is_not_used() -> None:
     right, wrong, half = torch.randn(40, 30), torch.randn(40, 30), torch.randn(40, 30)
     half[20:] = math.nan
     assert agree(right * 1.001, right)
+    long = torch.ones(AT_ONCE + 5)
+    assert agree(long, long.clone())
+    assert not agree(torch.cat([long[:-1], torch.tensor([math.nan])]), long)
     assert not agree(wrong, right)
     assert not agree(half, right)
     assert agree(half * 1.001, half)  # where the first has none, nothing is known
