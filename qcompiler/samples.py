@@ -22,7 +22,7 @@ def random_inputs(io: Signature, seed: int, sizes: dict[str, int] | None = None)
     chosen = drawn_sizes(io, seed)
     for name, wanted in (sizes or {}).items():
         if name in io.dims:
-            chosen[name] = _within(wanted, *io.dims[name], io.steps.get(name, 1))
+            chosen[name] = within(wanted, *io.dims[name], io.steps.get(name, 1))
     return tuple(
         _draw(port, chosen, generator) if port.is_tensor else port.constant for port in io.ports
     )
@@ -33,7 +33,7 @@ def drawn_sizes(io: Signature, seed: int) -> dict[str, int]:
     sizes = {d: (3, 11, 5, 7, 13, 9)[i % 6] + seed - 1 for i, d in enumerate(io.dims)}
     # `batch2` need not be `batch`, and yet may have to be as large, or no larger: it is, here.
     sizes = {d: sizes.get(d.rstrip("0123456789"), n) for d, n in sizes.items()}
-    return {d: _within(n, *io.dims[d], io.steps.get(d, 1)) for d, n in sizes.items()}
+    return {d: within(n, *io.dims[d], io.steps.get(d, 1)) for d, n in sizes.items()}
 
 
 def check_inputs(io: Signature, example: Flat | None) -> list[Flat]:
@@ -55,7 +55,7 @@ def sizes_for(io: Signature, batch: int, sequence: int, past: int = 0) -> dict[s
     return {d: size for d in io.dims for word, size in wanted.items() if word in d.lower()}
 
 
-def _within(size: int, low: int, high: int | None, step: int) -> int:
+def within(size: int, low: int, high: int | None, step: int) -> int:
     """The size nearest to `size` within bounds, and a multiple of `step`."""
     size = max(low, min(size, high or size))
     above = -(-size // step) * step

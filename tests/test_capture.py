@@ -777,3 +777,16 @@ def test_a_module_under_torch_compile_is_not_compiled() -> None:
     assert not compiled
     model(torch.randn(2, 6, 8))
     assert compiled
+
+
+def test_a_size_is_held_against_the_module_where_the_example_is_as_large_as_may_be() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.rows[: x.shape[1]]) * int(0.5 * x.shape[1])
+
+    program = qcompiler.capture(Table(), torch.randn(2, 16, 8))
+    assert program.io.ports[0].shape == ("batch", 16, 8)

@@ -22,7 +22,7 @@ from qcompiler.capture.against import Judge, sizes_of
 from qcompiler.errors import first_line
 from qcompiler.io import Dim, Signature
 from qcompiler.program import Program
-from qcompiler.samples import Flat, drawn_sizes, random_inputs
+from qcompiler.samples import Flat, drawn_sizes, random_inputs, within
 from qcompiler.shapes import propagate
 
 STEPS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128)
@@ -161,7 +161,11 @@ def _others(program: Program, own: Mapping[str, int]) -> Iterable[dict[str, int]
         d: 3 * n + 1 if n < (FEW if d.startswith("batch") else SMALL) else small[d]
         for d, n in bases.items()
     }
-    return far, small, drawn_sizes(program.io, 2)
+    io = program.io
+    far = {d: within(n, *io.dims[d], io.steps.get(d, 1)) for d, n in far.items()}
+    # At the end of its bounds a size is tried below them.
+    far = {d: small[d] if n == own[d] else n for d, n in far.items()}
+    return far, small, drawn_sizes(io, 2)
 
 
 def _wrong(program: Program, judge: Judge, sizes: dict[str, int]) -> str:
