@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeGuard
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qcompiler.diff import Diff
+from qcompiler.errors import PassError, first_line
 from qcompiler.history import Effect
 from qcompiler.program import Program, Tag, node_id
 from qcompiler.run import evaluate_wide, watch_ids
@@ -41,8 +43,28 @@ class Checker:
 
     def __init__(self, capture: Program, inputs: list[Flat]) -> None:
         self._capture = capture
-        self._inputs = inputs
+        self._given = inputs
         self._cache: dict[tuple[int, torch.dtype], tuple[Program, list[tuple[object, ...]]]] = {}
+
+    @cached_property
+    def _inputs(self) -> list[Flat]:
+        """Those that the captured program itself takes: drawn ones need not be inputs of a model
+        that looks for the last token of some kind, say."""
+        taken, outputs, failure = [], [], ""
+        for inputs in self._given:
+            try:
+                outputs.append(evaluate_wide(self._capture, inputs))
+            except Exception as error:  # whatever an operator raises
+                failure = f"{type(error).__name__}: {first_line(error)}"
+            else:
+                taken.append(inputs)
+        if not taken:
+            raise PassError(
+                "the captured program takes none of the inputs that passes are checked on "
+                f"({failure}); hand over example inputs that the model takes"
+            )
+        self._cache[id(self._capture), torch.float64] = (self._capture, outputs)
+        return taken
 
     def check(
         self,
@@ -89,11 +111,11 @@ class Checker:
         return numbers, decided
 
     def _outputs(self, program: Program, dtype: torch.dtype) -> list[tuple[object, ...]]:
-        key = (id(program), dtype)
+        key, inputs = (id(program), dtype), self._inputs
         if key not in self._cache:
             keep = [v for v in self._cache.items() if v[1][0] is self._capture]
             self._cache = dict([*keep, *list(self._cache.items())[-2:]])
-            outputs = [evaluate_wide(program, x, dtype=dtype) for x in self._inputs]
+            outputs = [evaluate_wide(program, x, dtype=dtype) for x in inputs]
             self._cache[key] = (program, outputs)
         return self._cache[key][1]
 

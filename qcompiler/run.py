@@ -48,16 +48,19 @@ def evaluate_wide(
 
 
 def widen(value: object, dtype: torch.dtype = torch.float64) -> object:
-    """Floating point tensors and types that are narrower to `dtype`; everything else as it is."""
+    """Floating point and complex tensors and types that are narrower to `dtype`, or to pairs of
+    it; everything else as it is."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if _narrower(value.dtype, dtype) else value
+        return value.to(_wide(value.dtype, dtype))
     if isinstance(value, torch.dtype):
-        return dtype if _narrower(value, dtype) else value
+        return _wide(value, dtype)
     return value
 
 
-def _narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize < than.itemsize
+def _wide(narrow: torch.dtype, wide: torch.dtype) -> torch.dtype:
+    wide = wide.to_complex() if narrow.is_complex else wide
+    arithmetic = narrow.is_floating_point or narrow.is_complex
+    return wide if arithmetic and narrow.itemsize < wide.itemsize else narrow
 
 
 def param_value(program: Program, node: fx.Node) -> Tensor | None:

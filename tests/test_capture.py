@@ -680,6 +680,27 @@ def test_any_number_of_inputs() -> None:
     torch.testing.assert_close(program(*given), model(*given))
 
 
+class Named(nn.Module):
+    """What is handed on by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        return self.layer(x) * more["scale"]
+
+
+def test_arguments_by_name() -> None:
+    module = Named().eval()
+    program = qcompiler.capture(module, {"x": torch.randn(3, 6), "scale": torch.randn(3, 4)})
+    assert [p.name for p in program.io.tensors] == ["x", "scale"]
+    assert program.io.dims == {"batch": (1, None)}
+    given = {"x": torch.randn(5, 6), "scale": torch.randn(5, 4)}
+    assert torch.equal(program(**given), module(**given))
+    assert "forward" not in vars(module)
+
+
 class Apart(nn.Module):
     def forward(self, x: Tensor, y: Tensor, more: dict[str, Tensor]) -> Tensor:
         return x - 2 * y + 3 * more["z"]

@@ -185,3 +185,48 @@ def test_lossy_steps_tell_which_layer_hurts(captured: Captured) -> None:
     step = run(captured("llama")[2], "canonicalize,assign,quantize").history[-1]
     linears = [v for k, v in step.nodes.items() if "linear" in k]
     assert len(linears) == 14 and all(20 < v < 80 for v in linears)
+
+
+class Turned(torch.nn.Module):
+    """Rotary embeddings by complex numbers, with a cast that does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angle = torch.arange(x.shape[1], dtype=torch.float32)[:, None] / torch.tensor(
+            [1.0, 7, 9, 3]
+        )
+        turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        pairs = torch.view_as_complex(self.layer(x).reshape(*x.shape[:2], 4, 2))
+        return torch.view_as_real(pairs * turn).flatten(2)
+
+
+def test_complex_numbers_are_checked_in_float64() -> None:
+    module = Turned().eval()
+    program = run(qcompiler.capture(module, torch.randn(3, 11, 8)), "canonicalize")
+    x = torch.randn(2, 5, 8)
+    assert torch.allclose(program(x), module(x), atol=1e-6)
+
+
+class LastOfAKind(torch.nn.Module):
+    """The token in front of the last 3 of each row: random rows need not have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 8)
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.head(self.table(ids).clone())
+        return x[ids == 3].reshape(ids.shape[0], -1, 4)[:, -1]
+
+
+def test_drawn_inputs_that_a_model_does_not_take() -> None:
+    module, ids = LastOfAKind().eval(), torch.tensor([[1, 2, 3], [8, 0, 3]])
+    captured = qcompiler.capture(module, ids, dynamic=False)
+    program = run_pipeline(captured, make_passes("canonicalize"), example=(ids,))
+    assert torch.equal(program(ids), module(ids))
+    with pytest.raises(PassError, match="hand over example inputs that the model takes"):
+        run_pipeline(captured, make_passes("canonicalize"))

@@ -273,7 +273,9 @@ def test_messages_name_the_tag(model: nn.Module) -> None:
     good = batch(1.0)
     with pytest.raises(BadInput, match=r"data batch 1 with tag image: .*shape \[3, 7\]"):
         compile(good, Tagged("image", torch.ones(3, 7)))
-    with pytest.raises(BadInput, match=r"NaN or infinite values .* 0/linear#0, in data batch 1 with tag image"):
+    with pytest.raises(
+        BadInput, match=r"NaN or infinite values .* 0/linear#0, in data batch 1 with tag image"
+    ):
         compile(good, Tagged("image", good * torch.nan))
     with pytest.raises(BadInput, match=r"found one batch\. Write data=\[batch\]"):
         qcompiler.compile(model, good, data=Tagged("image", good))

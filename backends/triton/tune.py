@@ -26,7 +26,8 @@ LEAST, MOST = 8, 64
 CACHES = 2
 """L2 caches that copies of a weight fill."""
 APART = 1e-2
-"""How far two tiles' results may be apart, as a share of one: sums are added in other orders."""
+"""How far a row of two tiles' results may be apart, as a share of one: sums are added in other
+orders."""
 
 AT_ONCE = 1 << 22
 """Numbers of a result that are compared at once: all of them might take what memory is left."""
@@ -117,7 +118,7 @@ def race(
     for the GPU, or copies to it, cannot be captured in a graph."""
     again, times = {}, {name: [float("inf")] for name in runs}
     sets: list[tuple[Tensor, ...]] = []
-    wanted: object = None
+    found = wanted = None
     for name, run in runs.items():
         try:
             _spoil(wanted)
@@ -139,6 +140,7 @@ def race(
                 raise
         else:
             times[name] = []
+    del found, wanted  # timings need memory too
     for turn in range(1 + REPLAYS):
         for name, replay in again.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -157,18 +159,19 @@ def seconds(run: Callable[..., object], *cold: Tensor, capture: bool = True) -> 
 
 
 def agree(found: object, wanted: object) -> bool:
-    """Whether two runs gave the same numbers, but for the order in which sums are added."""
+    """Whether two runs gave the same numbers in each row, but for the order of their sums."""
     if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
         return True
-    gap = norm = torch.zeros((), dtype=torch.float64, device=wanted.device)
-    pairs = (x.flatten().split(AT_ONCE) for x in (found, wanted))
-    for part, other in zip(*pairs, strict=True):
+    rows = [x.reshape(-1, x.shape[-1]) for x in (found, wanted)]
+    parts = (x.split(max(1, AT_ONCE // x.shape[-1])) for x in rows)
+    for part, other in zip(*parts, strict=True):
         a, b = part.double(), other.double()
         there = b.isfinite()
         # What is not finite in `found` alone makes the gap so.
-        gap = gap + torch.where(there, a - b, 0.0).square().sum()
-        norm = norm + torch.where(there, b, 0.0).square().sum()
-    return bool(gap <= APART**2 * norm)
+        gap = torch.where(there, a - b, 0.0).norm(dim=1)
+        if not bool((gap <= APART * torch.where(there, b, 0.0).norm(dim=1)).all()):
+            return False
+    return True
 
 
 def _spoil(result: object) -> None:

@@ -7,7 +7,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, TypeVar
 
@@ -40,7 +40,10 @@ def export(
         names = list(inspect.signature(module.forward).parameters)[: len(positional)]
         by_name = dict(zip(names, positional, strict=True)) | shapes[1]  # type: ignore
     try:
-        with torch.no_grad(), left(module), recurrent_shapes(), _mask_as_given(module), _silence():
+        with (
+            torch.no_grad(), left(module), recurrent_shapes(), _mask_as_given(module), _silence(),
+            _spelled_out(module, kwargs),
+        ):  # fmt: skip
             return torch.export.export(
                 module,
                 args,
@@ -76,6 +79,27 @@ def _gathered(module: torch.nn.Module, shapes: tuple[object, ...]) -> tuple[obje
         return shapes
     before = kinds.index(inspect.Parameter.VAR_POSITIONAL)
     return (*shapes[:before], tuple(shapes[before:])) if len(shapes) > before else shapes
+
+
+@contextmanager
+def _spelled_out(module: torch.nn.Module, kwargs: Mapping[str, object]) -> Iterator[None]:
+    """What `**more` of a forward takes has arguments of its own: torch.export wants the shapes of
+    all in one, and then does not find them."""
+    own = module.forward
+    parameters = inspect.signature(own).parameters
+    kept = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(kept) == len(parameters) or parameters.keys() >= kwargs.keys():
+        yield
+        return
+
+    def forward(*args: object, **more: object) -> object:
+        return own(*args, **more)
+
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs]
+    kept += [p for p in named if p.name not in parameters]
+    forward.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+    module.forward = forward
+    yield  # `left` takes it away
 
 
 @contextmanager

@@ -7,6 +7,8 @@ analysis, so they are removed here, or the model is refused.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import fx
 from torch.export.graph_signature import OutputKind
@@ -27,7 +29,9 @@ def functionalize(exported: torch.export.ExportedProgram) -> torch.export.Export
         if _mutates(node) and _overwrites_own_input(node):
             node.target = _functional_twin(node.target)
     if any(_mutates(n) for n in _all_nodes(exported.graph_module)):
-        exported = exported.run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's own use of it
+            exported = exported.run_decompositions({})
         _refuse_state(exported)
     if any(_is_wrapper(n) for n in exported.graph.nodes):
         for node in [n for n in exported.graph.nodes if _is_wrapper(n)]:

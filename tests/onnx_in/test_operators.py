@@ -163,7 +163,7 @@ def test_resize(where: str, mode: str, scales: list[float], tmp_path: Path) -> N
     agree(proto, tmp_path, X)
 
 
-SIZES = """<ir_version: 8, opset_import: ["" : 18]>
+RESIZED = """<ir_version: 8, opset_import: ["" : 18]>
 g (float[N, 2, 5, 7] x, float[M, 1, H, W] like) => (float[A, B, C, D] y) {
 lead = Constant <value_ints = [0]> () two = Constant <value_ints = [2]> ()
 four = Constant <value_ints = [4]> () s = Shape(x) t = Shape(like)
@@ -174,7 +174,7 @@ y = Resize <mode = "METHOD", coordinate_transformation_mode = "align_corners"> (
 @pytest.mark.parametrize("mode", ["linear", "cubic", "nearest"])
 def test_resize_to_the_sizes_of_another(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "sizes.onnx"
-    onnx.save(onnx.parser.parse_model(SIZES.replace("METHOD", mode)), path)
+    onnx.save(onnx.parser.parse_model(RESIZED.replace("METHOD", mode)), path)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     program = qcompiler.capture(path)
     for n, height, width in ((3, 9, 4), (1, 8, 6), (1, 1, 3)):
