@@ -680,6 +680,27 @@ def test_any_number_of_inputs() -> None:
     torch.testing.assert_close(program(*given), model(*given))
 
 
+class Audio(nn.Module):
+    """Strided convolutions over samples (batch, time)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(1, 4, 10, stride=5)
+        self.second = nn.Conv1d(4, 6, 3, stride=2)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        return self.second(self.first(samples[:, None]).relu())
+
+
+def test_a_named_length_that_torch_would_have_as_a_multiple() -> None:
+    module = Audio().eval()
+    program = qcompiler.capture(module, torch.randn(2, 440), dynamic={"samples": {0: "b", 1: "t"}})
+    assert set(program.io.dims) == {"b", "t"}
+    for length in (440, 333, 1001):
+        x = torch.randn(3, length)
+        torch.testing.assert_close(program(x), module(x))
+
+
 class Named(nn.Module):
     """What is handed on by name."""
 

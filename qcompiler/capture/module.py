@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -33,7 +33,9 @@ from qcompiler.program import Program, check_finite
 
 ATTEMPTS = 3
 SUGGESTED = r"^\s*(\w+) = Dim\('\w+'(.*)\)$"
-"""What it writes of a named dimension that has bounds."""
+"""What torch writes of a named dimension that has bounds."""
+STEPPED = r"^\s*(\w+) = [\d*]*_\w+(?: [+-] \d+)?$"
+"""And of one that it would have as a multiple."""
 
 
 def export_module(module: torch.nn.Module, example_inputs: object, dynamic: object) -> Program:
@@ -117,18 +119,22 @@ def _exact(
 ) -> Program:
     """Exported with the dimensions that are named, within bounds that torch finds for them."""
     bounds: dict[str, dict[str, int]] = {}
+    loose: set[str] = set()
     for attempt in range(ATTEMPTS):
-        shapes, axes = _exact_shapes(dynamic, *call, names, bounds)
+        shapes, axes = _exact_shapes(dynamic, *call, names, bounds, loose)
         try:
             return from_exported(export(module, call, shapes, named=True), names, axes=axes)
         except BadInput as error:
+            said = str(error.__cause__)
             more = {
                 name: {word: int(n) for word, n in re.findall(r"(min|max)=(\d+)", rest)}
-                for name, rest in re.findall(SUGGESTED, str(error.__cause__), re.M)
+                for name, rest in re.findall(SUGGESTED, said, re.M)
             }
-            if not more or attempt == ATTEMPTS - 1:
+            steps = set(re.findall(STEPPED, said, re.M)) - loose
+            if not (more or steps) or attempt == ATTEMPTS - 1:
                 raise
             bounds |= more
+            loose |= steps
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -138,8 +144,12 @@ def _exact_shapes(
     kwargs: Mapping[str, object],
     names: tuple[str, ...],
     bounds: Mapping[str, Mapping[str, int]],
+    loose: Collection[str],
 ) -> tuple[tuple[object, object], list[Mapping[int, str]]]:
-    """What `torch.export` wants for (args, kwargs), and the names of each flat input's axes."""
+    """What `torch.export` wants for (args, kwargs), and the names of each flat input's axes.
+
+    `loose` ones may be any size at which the model runs: torch would have multiples alone, as of
+    strided convolutions, which take others too."""
     wanted: Mapping[str, Mapping[int, str]] = dynamic if isinstance(dynamic, Mapping) else {}
     given = [*names[: len(args)], *kwargs]
     if unknown := [n for n in wanted if n not in given]:
@@ -148,7 +158,8 @@ def _exact_shapes(
     pairs = [*zip(names, args, strict=False), *kwargs.items()]
     wanted = {n: counted(n, wanted[n], value) for n, value in pairs if n in wanted}
     every = {d for axes in wanted.values() for d in axes.values()}
-    dims = {d: torch.export.Dim(d, **bounds.get(d, {})) for d in every}
+    auto = torch.export.Dim.AUTO
+    dims = {d: auto if d in loose else torch.export.Dim(d, **bounds.get(d, {})) for d in every}
 
     def shape(name: str, value: object) -> object:
         """The axes of an argument are those of each tensor in it: of a cache, say."""
