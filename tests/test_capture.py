@@ -680,6 +680,31 @@ def test_any_number_of_inputs() -> None:
     torch.testing.assert_close(program(*given), model(*given))
 
 
+class Scratch(nn.Module):
+    """A buffer that each call writes whole before it reads it."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        for name, value in (("near", 1.0), ("far", 2.0), ("held", 3.0)):
+            self.register_buffer(name, torch.full((6,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.held.clone() if self.first else 0
+        self.held.copy_(torch.where(x.amax() > 1, self.far, self.near))
+        return x * self.held + before
+
+
+def test_a_buffer_that_is_written_before_it_is_read_is_no_state() -> None:
+    module = Scratch(first=False)
+    program = qcompiler.capture(module, torch.randn(3, 6))
+    assert "held" not in program.params
+    for x in (torch.zeros(2, 6), torch.full((5, 6), 2.0)):
+        torch.testing.assert_close(program(x), module(x))
+    with pytest.raises(BadInput, match="writes into 'held'"):
+        qcompiler.capture(Scratch(first=True), torch.randn(3, 6))
+
+
 class Audio(nn.Module):
     """Strided convolutions over samples (batch, time)."""
 

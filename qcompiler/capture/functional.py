@@ -32,6 +32,7 @@ def functionalize(exported: torch.export.ExportedProgram) -> torch.export.Export
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's own use of it
             exported = exported.run_decompositions({})
+        _forget_scratch(exported)
         _refuse_state(exported)
     if any(_is_wrapper(n) for n in exported.graph.nodes):
         for node in [n for n in exported.graph.nodes if _is_wrapper(n)]:
@@ -65,6 +66,22 @@ def _functional_twin(target: object) -> torch._ops.OpOverload | None:
         return None
     packet = getattr(torch.ops.aten, target._opname.rstrip("_"), None)
     return getattr(packet, target._overloadname, None)
+
+
+def _forget_scratch(exported: torch.export.ExportedProgram) -> None:
+    """A buffer that is written whole before anyone reads it, as rotary frequencies that are chosen
+    by the length, is no state: what a call leaves in it makes no difference to the next."""
+    signature, output = exported.graph_signature, exported.graph.output_node()
+    nodes = {n.name: n for n in exported.graph.nodes}
+    buffers = {s.target: nodes[s.arg.name] for s in signature.input_specs if s.arg.name in nodes}
+    pairs = [*zip(signature.output_specs, output.args[0], strict=True)]  # type: ignore[arg-type]
+    kept = [
+        (spec, value)
+        for spec, value in pairs
+        if spec.kind is not OutputKind.BUFFER_MUTATION or buffers[spec.target].users
+    ]
+    signature.output_specs[:] = [spec for spec, _ in kept]
+    output.args = (tuple(value for _, value in kept),)
 
 
 def _refuse_state(exported: torch.export.ExportedProgram) -> None:
