@@ -705,6 +705,33 @@ def test_a_buffer_that_is_written_before_it_is_read_is_no_state() -> None:
         qcompiler.capture(Scratch(first=True), torch.randn(3, 6))
 
 
+class Hidden(nn.Module):
+    """Attention behind a mask that is an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.heads(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind()
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (3, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_a_mask_has_the_sequence_twice(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    module = Hidden().eval()
+    mask = torch.ones(*lead, 11, 11).tril().to(dtype)
+    program = qcompiler.capture(module, (torch.randn(3, 11, 16), mask))
+    assert set(program.io.dims) == {"batch", "sequence"}
+    assert not program.history[0].notes
+    for length in (7, 20):
+        x, mask = torch.randn(3, length, 16), torch.ones(*lead, length, length).tril().to(dtype)
+        torch.testing.assert_close(program(x, mask), module(x, mask))
+
+
 class Audio(nn.Module):
     """Strided convolutions over samples (batch, time)."""
 

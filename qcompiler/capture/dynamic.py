@@ -41,16 +41,19 @@ Axes = frozenset[tuple[int, int]]
 def dynamic_shapes(call: object, fixed: Axes, turned: bool) -> tuple[object, object]:
     """torch.export's dynamic shapes for `(args, kwargs)`, without those that are `fixed`;
     `turned`: of sequences that have their channels first."""
-    flat, spec = pytree.tree_flatten(call)
-    wanted = [
-        dict.fromkeys(axes, torch.export.Dim.AUTO) if isinstance(x, Tensor) else None
-        for x, axes in zip(flat, wanted_axes(call, fixed, turned), strict=True)
-    ]
+    values, spec = pytree.tree_flatten(call)
+    wanted: list[object] = []
+    for i, (x, named) in enumerate(zip(values, wanted_axes(call, fixed, turned), strict=True)):
+        axes = set(named)
+        if isinstance(x, Tensor) and _is_square(x, values[:i] + values[i + 1 :], turned):
+            axes |= {a for a in (x.ndim - 2, x.ndim - 1) if (i, a) not in fixed}
+        dims = dict.fromkeys(sorted(axes), torch.export.Dim.AUTO)
+        wanted.append(dims if isinstance(x, Tensor) else None)
     return pytree.tree_unflatten(wanted, spec)  # type: ignore[no-any-return]
 
 
 def wanted_axes(call: object, fixed: Axes, turned: bool) -> list[dict[int, str]]:
-    """The names of the axes for which `dynamic_shapes` asks."""
+    """The names of the axes that should be dynamic."""
     return [
         {
             axis: "sequence" if axis else "batch"
@@ -59,6 +62,12 @@ def wanted_axes(call: object, fixed: Axes, turned: bool) -> list[dict[int, str]]
         }
         for i, x in enumerate(pytree.tree_leaves(call))
     ]
+
+
+def _is_square(x: Tensor, others: list[object], turned: bool) -> bool:
+    """Whether `x` may be a mask, (…, sequence, sequence), of another input's sequence."""
+    lengths = {y.shape[a] for y in others if isinstance(y, Tensor) for a in _axes(y, turned) if a}
+    return x.ndim > 1 and x.shape[-1] == x.shape[-2] and x.shape[-1] in lengths
 
 
 def axes_of(program: Program, dims: Collection[str]) -> Axes:
