@@ -173,7 +173,7 @@ def _scales_of(blocks, norm, given, EACH: tl.constexpr, FP8: tl.constexpr):
         return s, tl.reshape(unit, (M, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _long(
     x, right, given, codes, scales, rows, norm, inner,
     A: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
@@ -231,7 +231,7 @@ def _long(
         row += step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _short(
     x, right, given, codes, scales, rows, norm, inner,
     ROWS: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, FP8: tl.constexpr,
