@@ -732,6 +732,19 @@ def test_a_mask_has_the_sequence_twice(lead: tuple[int, ...], dtype: torch.dtype
         torch.testing.assert_close(program(x, mask), module(x, mask))
 
 
+def test_a_part_that_keeps_a_cache_when_the_model_does_not() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    module, ids = T5ForConditionalGeneration(config).eval(), torch.randint(1, 60, (3, 11))
+    module.config.use_cache = False
+    program = qcompiler.capture(module, {"input_ids": ids, "decoder_input_ids": ids[:, :7]})
+    assert [p.name for p in program.io.tensors] == ["input_ids", "decoder_input_ids"]
+
+
 class Audio(nn.Module):
     """Strided convolutions over samples (batch, time)."""
 

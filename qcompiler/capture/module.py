@@ -195,9 +195,10 @@ def _forward_names(module: torch.nn.Module, count: int = 0) -> tuple[str, ...]:
 
 def _without_cache(module: torch.nn.Module, kwargs: dict[str, object]) -> dict[str, object]:
     """A stateless program wants no cache object in its outputs: it is switched off."""
-    config = getattr(module, "config", None)
-    # Parts of a model may have copies of what it is configured to do, and use a cache all the same.
-    if hasattr(config, "use_cache") and "use_cache" in _forward_names(module):
+    # Parts of a model may have copies of its configuration, and use a cache when it does not.
+    configs = [getattr(m, "config", None) for m in module.modules()]
+    used = any(getattr(config, "use_cache", None) for config in configs)
+    if used and "use_cache" in _forward_names(module):
         return {**kwargs, "use_cache": kwargs.get("use_cache", False)}
     return kwargs
 
