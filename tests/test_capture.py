@@ -705,6 +705,31 @@ def test_a_buffer_that_is_written_before_it_is_read_is_no_state() -> None:
         qcompiler.capture(Scratch(first=True), torch.randn(3, 6))
 
 
+class Writes(nn.Module):
+    """Writes into its own weight, or into one of two buffers that share memory."""
+
+    def __init__(self, weight: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("a", torch.ones(6))
+        self.register_buffer("b", self.a[:3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight:
+            self.layer.weight.copy_(x.amax(0).expand(6, 6))
+        else:
+            self.a.copy_(x.amax(0))
+        return self.layer(x) + self.b.sum()
+
+
+@pytest.mark.parametrize("weight", [True, False], ids=["weight", "shared"])
+def test_what_a_model_writes_into_is_refused(weight: bool) -> None:
+    said = "writes into 'layer.weight'" if weight else "writes into a buffer"
+    with pytest.raises(BadInput, match=said):
+        qcompiler.capture(Writes(weight), torch.randn(3, 6))
+
+
 class Hidden(nn.Module):
     """Attention behind a mask that is an input."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.export.graph_signature import OutputKind
 
-from qcompiler.errors import BadInput
+from qcompiler.errors import BadInput, first_line
 
 WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
@@ -31,7 +31,13 @@ def functionalize(exported: torch.export.ExportedProgram) -> torch.export.Export
     if any(_mutates(n) for n in _all_nodes(exported.graph_module)):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's own use of it
-            exported = exported.run_decompositions({})
+            try:
+                exported = exported.run_decompositions({})
+            except Exception as error:  # AssertionError for buffers that share memory, and others
+                raise BadInput(
+                    "the model writes into a buffer or an input, and torch cannot take that apart "
+                    f"({type(error).__name__}: {first_line(error)}); make a new tensor instead"
+                ) from error
         _forget_scratch(exported)
         _refuse_state(exported)
     if any(_is_wrapper(n) for n in exported.graph.nodes):
@@ -85,7 +91,11 @@ def _forget_scratch(exported: torch.export.ExportedProgram) -> None:
 
 
 def _refuse_state(exported: torch.export.ExportedProgram) -> None:
-    kinds = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+    kinds = (
+        OutputKind.BUFFER_MUTATION,
+        OutputKind.PARAMETER_MUTATION,
+        OutputKind.USER_INPUT_MUTATION,
+    )
     for spec in exported.graph_signature.output_specs:
         if spec.kind in kinds:
             raise BadInput(
