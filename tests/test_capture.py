@@ -799,7 +799,13 @@ class Named(nn.Module):
         self.layer = nn.Linear(6, 4)
 
     def forward(self, x: Tensor, **more: Tensor) -> Tensor:
-        return self.layer(x) * more["scale"]
+        return self.layer(x) * more["scale"] + more.get("more", 0)
+
+
+def test_an_argument_called_like_the_rest_of_them() -> None:
+    module = Named().eval()
+    given = {name: torch.randn(3, 4) for name in ("more", "scale")} | {"x": torch.randn(3, 6)}
+    assert torch.equal(qcompiler.capture(module, given)(**given), module(**given))
 
 
 def test_arguments_by_name() -> None:

@@ -88,7 +88,8 @@ def _spelled_out(module: torch.nn.Module, kwargs: Mapping[str, object]) -> Itera
     own = module.forward
     parameters = inspect.signature(own).parameters
     kept = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    if len(kept) == len(parameters) or parameters.keys() >= kwargs.keys():
+    own_names = {p.name for p in kept}
+    if len(kept) == len(parameters) or own_names >= kwargs.keys():
         yield
         return
 
@@ -96,7 +97,7 @@ def _spelled_out(module: torch.nn.Module, kwargs: Mapping[str, object]) -> Itera
         return own(*args, **more)
 
     named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs]
-    kept += [p for p in named if p.name not in parameters]
+    kept += [p for p in named if p.name not in own_names]
     forward.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
     module.forward = forward
     yield  # `left` takes it away
