@@ -705,6 +705,30 @@ def test_a_buffer_that_is_written_before_it_is_read_is_no_state() -> None:
         qcompiler.capture(Scratch(first=True), torch.randn(3, 6))
 
 
+class Filled(nn.Module):
+    """A buffer that is written at the first call, or where the length is another than before."""
+
+    def __init__(self, by_length: bool) -> None:
+        super().__init__()
+        self.by_length, self.length = by_length, 0
+        self.register_buffer("table", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.length != (x.shape[1] if self.by_length else 1):
+            self.length = x.shape[1] if self.by_length else 1
+            self.table.copy_(torch.arange(6.0) / x.shape[1] if self.by_length else x.amax((0, 1)))
+        return x * self.table
+
+
+def test_a_buffer_that_only_some_calls_write() -> None:
+    module = Filled(by_length=True)
+    program = qcompiler.capture(module, torch.randn(3, 5, 6))
+    for x in (torch.randn(2, 5, 6), torch.randn(2, 5, 6), torch.randn(2, 8, 6)):
+        torch.testing.assert_close(program(x), module(x))
+    with pytest.raises(BadInput, match="what an earlier call has written into a buffer"):
+        qcompiler.capture(Filled(by_length=False), torch.randn(3, 5, 6))
+
+
 class Writes(nn.Module):
     """Writes into its own weight, or into one of two buffers that share memory."""
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.capture.leave import left
 from qcompiler.check import is_decided, output_errors
-from qcompiler.errors import first_line
+from qcompiler.errors import BadInput, first_line
 from qcompiler.program import Program
 from qcompiler.samples import Flat, random_inputs
 
@@ -98,6 +98,22 @@ def told(module: torch.nn.Module, program: Program, example: Flat) -> Program:
     return replace(program, history=(replace(first, notes=(*first.notes, note)), *rest))
 
 
+def check_stateless(module: torch.nn.Module, program: Program, example: Flat) -> None:
+    """Refuse a module whose calls read what an earlier one has left in a buffer, as where only the
+    first call fills it: in the program each call does."""
+    drawn = random_inputs(program.io, 1, sizes_of(program, example))
+    wanted = _eager(module, program, example, after=drawn)
+    if wanted is None:  # the drawn numbers need not be what the model takes
+        return
+    numbers, decided = _apart(wanted, program.flat(example))
+    close = numbers <= CLOSE.get(program.dtype, ROUGH) and decided <= TURNED
+    if not close and not _draws(module, program, example):
+        raise BadInput(
+            "the model reads what an earlier call has written into a buffer; expected a function "
+            "without state. Write the buffer at each call, or before the model is captured"
+        )
+
+
 def sizes_of(program: Program, example: Flat) -> dict[str, int]:
     """The size of each dynamic dimension in an example."""
     return {
@@ -113,18 +129,23 @@ def _is_numbers(x: object) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _eager(module: torch.nn.Module, program: Program, inputs: Flat) -> list[object] | None:
-    """What `module` returns; None if it cannot be called so. It, and torch's random numbers, are
-    left as they were."""
+def _eager(
+    module: torch.nn.Module, program: Program, inputs: Flat, after: Flat | None = None
+) -> list[object] | None:
+    """What `module` returns, called with `after` first; None if it cannot be called so. It, and
+    torch's random numbers, are left as they were."""
     # Where a mask hides tokens, torch's encoder has a faster way with other numbers in their place.
     fast = torch.backends.mha.get_fastpath_enabled()
-    own = (x.clone() if isinstance(x, Tensor) else x for x in inputs)  # it may write into them
-    args, kwargs = pytree.tree_unflatten(own, program.io.in_spec)
+    calls = []
+    for flat in (inputs,) if after is None else (after, inputs):
+        own = (x.clone() if isinstance(x, Tensor) else x for x in flat)  # it may write into them
+        calls.append(pytree.tree_unflatten(own, program.io.in_spec))
     torch.backends.mha.set_fastpath_enabled(False)
     plain = torch.compiler.set_stance("force_eager")  # compiling would take minutes
     try:
         with plain, torch.no_grad(), left(module), torch.random.fork_rng(devices=[]):
-            found = pytree.tree_leaves(module(*args, **kwargs))
+            for args, kwargs in calls:
+                found = pytree.tree_leaves(module(*args, **kwargs))
     except Exception:  # whatever a model's own code raises
         return None
     finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from qcompiler.capture.against import by_numbers, told
+from qcompiler.capture.against import by_numbers, check_stateless, told
 from qcompiler.capture.checks import check_example, check_module, check_names, counted
 from qcompiler.capture.dynamic import (
     Axes,
@@ -47,10 +47,19 @@ def export_module(module: torch.nn.Module, example_inputs: object, dynamic: obje
     names = _forward_names(module, len(args))
     with inference(module):
         kwargs = _without_cache(module, kwargs)
+        before = _writes(module)
         program = _exported(module, args, kwargs, names, dynamic)
-        program = told(module, program, program.io.flatten(args, kwargs))
+        example = program.io.flatten(args, kwargs)
+        program = told(module, program, example)
+        if _writes(module) != before:  # when it was held against the program
+            check_stateless(module, program, example)
         found, required = fills(module, program), _required(module, program)
     return replace(program, io=replace(program.io, fills=found, required=required))
+
+
+def _writes(module: torch.nn.Module) -> list[int]:
+    """How often each buffer has been written."""
+    return [b._version for b in module.buffers() if not b.is_inference()]
 
 
 def _exported(
