@@ -705,6 +705,27 @@ def test_a_buffer_that_is_written_before_it_is_read_is_no_state() -> None:
         qcompiler.capture(Scratch(first=True), torch.randn(3, 6))
 
 
+class OfTheBatch(nn.Module):
+    """Normalized by the batch's own statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+
+
+def test_a_program_does_not_write_into_running_statistics() -> None:
+    module, x = OfTheBatch(), torch.randn(5, 6)
+    program = qcompiler.capture(module, torch.randn(3, 6))
+    before = module.norm.running_mean.clone()
+    found = program(x)
+    assert torch.equal(module.norm.running_mean, before)
+    torch.testing.assert_close(found, module(x))
+
+
 class Filled(nn.Module):
     """A buffer that is written at the first call, or where the length is another than before."""
 

@@ -25,6 +25,11 @@ def functionalize(exported: torch.export.ExportedProgram) -> torch.export.Export
     torch's own functionalization (`run_decompositions` with an empty table), which keeps `linear`,
     `layer_norm` and `scaled_dot_product_attention` whole.
     """
+    for node in _all_nodes(exported.graph_module):
+        if node.target is torch.ops.aten.batch_norm.default and node.args[5] is True:
+            # By the batch's own statistics: it writes into the others, which it does not read, and
+            # torch has no word of that.
+            node.args = (*node.args[:3], None, None, *node.args[5:])
     for node in exported.graph.nodes:
         if _mutates(node) and _overwrites_own_input(node):
             node.target = _functional_twin(node.target)
