@@ -313,6 +313,10 @@ def test_a_tile_that_is_wrong_is_not_used() -> None:
     assert not agree(wrong, right)
     assert not agree(half, right)
     assert agree(half * 1.001, half)  # where the first has none, nothing is known
+    sums = torch.randn(40, 1)
+    sums[3] = 1e-9  # of one column, one that cancels: another order of it leaves other digits
+    assert agree(sums + 1e-7, sums)
+    assert not agree(torch.where(torch.arange(40)[:, None] == 7, wrong, right), right)
 
 
 # --- activations ----------------------------------------------------------------------------------
