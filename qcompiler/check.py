@@ -60,8 +60,8 @@ class Checker:
                 taken.append(inputs)
         if not taken:
             raise PassError(
-                "the captured program, computed in float64, takes none of the inputs that passes are "
-                f"checked on ({failure}); hand over example inputs that the model takes"
+                "the captured program, computed in float64, takes none of the inputs that passes "
+                f"are checked on ({failure}); hand over example inputs that the model takes"
             )
         self._cache[id(self._capture), torch.float64] = (self._capture, outputs)
         return taken
