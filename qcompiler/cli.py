@@ -60,7 +60,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except QCompilerError as error:
-            err.print(f"error: {error}", style="red", highlight=False, markup=False)
+            # Wrapped by a terminal, not here: a path in a log must be found again.
+            err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
             raise SystemExit(2) from error
 
 
