@@ -67,7 +67,10 @@ class Budget:
             raise BadInput(f"a budget is a number and a unit, as 4.2bits or 60MB; found {text!r}")
         amount, unit = match.groups()
         if not unit:
-            raise BadInput(f"{amount} what? write {amount}bits, {amount}MB, {amount}ms-decode, …")
+            raise BadInput(
+                f"the budget {text!r} has no unit; write {amount}bits, {amount}MB, "
+                f"{amount}ms-decode, …"
+            )
         if unit in (*PER_SECOND, "x"):
             costs = SHARES if unit == "x" else TIMES
             listed = ", ".join(f"{amount}{unit}-{cost}" for cost in costs)

@@ -50,7 +50,7 @@ def test_limits(text: str, key: str, limit: float) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("4.2", r"4\.2 what\? write 4\.2bits, 4\.2MB"),
+        ("4.2", r"has no unit; write 4\.2bits, 4\.2MB"),
         ("60Mb", "did you mean 'MB'"),
         ("60mb", "did you mean 'MB'"),
         ("4bit", "did you mean 'bits'"),
