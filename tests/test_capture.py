@@ -898,11 +898,11 @@ class Holds(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.held, Table):
-            return self.linear(x) + self.held.rows(x.shape[1])  # type: ignore[no-any-return]
-        inner = next(iter(self.held.values()))  # type: ignore[attr-defined]
+            return self.linear(x) + self.held.rows(x.shape[1])
+        inner = next(iter(self.held.values()))
         if "made" not in inner:
             inner["made"] = torch.arange(64.0)[:, None]
-        return self.linear(x) + inner["made"][: x.shape[1]]  # type: ignore[no-any-return]
+        return self.linear(x) + inner["made"][: x.shape[1]]
 
 
 @pytest.mark.parametrize("held", [Table(), {"a": {}}, {"a": OrderedDict()}])
@@ -944,7 +944,7 @@ def test_guards_that_leave_out_single_sizes_fix_none() -> None:
 def test_a_traced_part_and_a_max_norm_that_is_no_embeddings_are_captured() -> None:
     x = torch.randn(2, 6, 8)
     model = nn.Sequential(torch.jit.trace(nn.Linear(8, 8), x), nn.ReLU())
-    model.max_norm = 1.0  # type: ignore[assignment]
+    model.max_norm = 1.0
     program, more = qcompiler.capture(model, x), torch.randn(3, 9, 8)
     torch.testing.assert_close(program(more), model(more))
 

@@ -43,7 +43,7 @@ def by_numbers(module: torch.nn.Module) -> Judge:
             if a.shape != b.shape:
                 return f"an output has shape {[*b.shape]}, the module's {[*a.shape]}"
         numbers, decided = _apart(wanted, outputs)
-        if numbers > CLOSE.get(program.dtype, ROUGH):
+        if _far(program, numbers):
             return f"its outputs differ from the module's, relative error {numbers:.2g}"
         if decided > TURNED:
             return f"{decided:.0%} of its integers differ from the module's"
@@ -86,7 +86,7 @@ def told(module: torch.nn.Module, program: Program, example: Flat) -> Program:
         return program
     wanted = _eager(module, program, inputs)
     numbers, _ = _apart(wanted, outputs) if wanted is not None else (0.0, 0.0)
-    if numbers <= CLOSE.get(program.dtype, ROUGH) or _draws(module, program, inputs):
+    if not _far(program, numbers) or _draws(module, program, inputs):
         return program
     note = (
         "on other numbers than the example's the program does not do what the module does: its "
@@ -106,8 +106,8 @@ def check_stateless(module: torch.nn.Module, program: Program, example: Flat) ->
     if wanted is None:  # the drawn numbers need not be what the model takes
         return
     numbers, decided = _apart(wanted, program.flat(example))
-    close = numbers <= CLOSE.get(program.dtype, ROUGH) and decided <= TURNED
-    if not close and not _draws(module, program, example):
+    far = _far(program, numbers) or decided > TURNED
+    if far and not _draws(module, program, example):
         raise BadInput(
             "the model reads what an earlier call has written into a buffer; expected a function "
             "without state. Write the buffer at each call, or before the model is captured"
@@ -152,6 +152,11 @@ def _eager(
         torch.backends.mha.set_fastpath_enabled(fast)
     # A table that torch.export left in a cache outside the module has no values.
     return None if any(isinstance(x, FakeTensor) for x in found) else found
+
+
+def _far(program: Program, error: float) -> bool:
+    """Whether numbers of a program are others than the module's."""
+    return error > CLOSE.get(program.dtype, ROUGH)
 
 
 def _apart(wanted: list[object], outputs: Flat) -> tuple[float, float]:

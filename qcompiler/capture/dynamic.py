@@ -127,12 +127,13 @@ def stuck_dims(program: Program, example: Flat, judge: Judge | None = None) -> d
         found |= _blamed(program, own, sizes, partial(_failure, program), why)
     if found or judge is None or not own:  # what fails is captured again, and judged then
         return found
-    sizes = next((s for s in _others(program, own) if not _failure(program, s)), own)
     wrong = partial(_wrong, program, judge)
-    if not wrong(sizes) or wrong(own):  # what differs at the example's own sizes is not their fault
+    tried = ((sizes, wrong(sizes)) for sizes in _others(program, own))
+    sizes, text = next(((s, text) for s, text in tried if text is not None), (own, ""))
+    if not text or wrong(own):  # what differs at the example's own sizes is not their fault
         return {}
     why = "a number that is computed from it is baked in: at {}, {}"
-    return _blamed(program, own, sizes, wrong, why)
+    return _blamed(program, own, sizes, lambda s: wrong(s) or "", why)
 
 
 def _blamed(
@@ -177,12 +178,13 @@ def _others(program: Program, own: Mapping[str, int]) -> Iterable[dict[str, int]
     return far, small, drawn_sizes(io, 2)
 
 
-def _wrong(program: Program, judge: Judge, sizes: dict[str, int]) -> str:
+def _wrong(program: Program, judge: Judge, sizes: dict[str, int]) -> str | None:
+    """What `judge` says of a run at these sizes; None if it fails."""
     inputs = random_inputs(program.io, 1, sizes)
     try:
         outputs = program.flat(inputs)
-    except Exception:  # it fails, and is not wrong
-        return ""
+    except Exception:  # whatever an operator raises
+        return None
     return judge(program, inputs, outputs)
 
 

@@ -8,6 +8,7 @@ analysis, so they are removed here, or the model is refused.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import fx
@@ -85,10 +86,10 @@ def _forget_scratch(exported: torch.export.ExportedProgram) -> None:
     signature, output = exported.graph_signature, exported.graph.output_node()
     nodes = {n.name: n for n in exported.graph.nodes}
     buffers = {s.target: nodes[s.arg.name] for s in signature.input_specs if s.arg.name in nodes}
-    pairs = [*zip(signature.output_specs, output.args[0], strict=True)]  # type: ignore[arg-type]
+    values: Any = output.args[0]
     kept = [
         (spec, value)
-        for spec, value in pairs
+        for spec, value in zip(signature.output_specs, values, strict=True)
         if spec.kind is not OutputKind.BUFFER_MUTATION or buffers[spec.target].users
     ]
     signature.output_specs[:] = [spec for spec, _ in kept]
